@@ -1,0 +1,29 @@
+# `make demo` and `make test` need Python 3.11 or 3.12, pip, g++ and a network once; see .ci/venv. The second call
+# installs nothing.
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test test-long lint clean
+
+demo: $(READY)
+	$(BIN)/pifa demo
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-long: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt .ci/venv
+	@.ci/venv $(VENV)
+	@touch $@
+
+# Leaves $(VENV), which is expensive to make.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""On CPU, spell ``pifa::linear`` out in the graph, where Inductor packs weights and fuses the gather.
+
+    before   y = pifa::linear(x, pivot_rows, coefficients, row_order, bias)
+    after    y_p = linear(x, pivot_rows); y_np = linear(y_p, coefficients)
+             y = cat([y_p, y_np], -1).index_select(-1, gather_order) + bias
+
+A lowering would come too late: weight prepacking is done by graph passes. The bias is added after the gather, in the
+same loop; added inside the linears it would pass through the coefficients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from pifa_compile import _torch
+from pifa_compile.factors import PifaFactors
+from pifa_compile.passes.plan import Context, PassResult, in_place_of, take_place
+from pifa_compile.passes.replace import Buffers
+
+
+def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Spell out every replaced site whose factors are on the CPU; other devices keep the operator for its lowering."""
+    buffers = Buffers(gm)
+    replaced = [s for s in context.plan.sites if isinstance(s.factors, PifaFactors)]
+    chosen = [s for s in replaced if s.factors is not None and s.factors.device.type == "cpu"]
+    for site in chosen:
+        assert isinstance(site.factors, PifaFactors)
+        site.node = _spell_out(site.node, site.factors, buffers)
+    return PassResult(len(replaced), len(chosen))
+
+
+def _spell_out(old: fx.Node, factors: PifaFactors, buffers: Buffers) -> fx.Node:
+    x, pivot_rows, coefficients, _, bias, _ = old.args
+    linear = _torch.linear_function()
+    with in_place_of(old) as graph:
+        if factors.coefficients.dtype == factors.pivot_rows.dtype:
+            y_p = graph.call_function(linear, (x, pivot_rows))
+            y_np = graph.call_function(linear, (y_p, coefficients))
+        else:
+            y_p, y_np = _mixed(graph, old, factors)
+        y = y_p
+        if factors.coefficients.shape[0]:
+            y = graph.call_function(torch.cat, ([y_p, y_np], -1))
+        if not in_order(factors):
+            y = graph.call_function(torch.index_select, (y, -1, buffers.get(factors.gather_order, "gather_order")))
+        if bias is not None:
+            y = graph.call_function(torch.add, (y, bias))
+    take_place(y, old)
+    return y
+
+
+def _mixed(graph: fx.Graph, old: fx.Node, factors: PifaFactors) -> tuple[fx.Node, fx.Node]:
+    """y_p and y_np where y_p is kept in float32 and rounded to the coefficients' own dtype, as the operator does."""
+    linear = _torch.linear_function()
+    x, pivot_rows, coefficients = (graph.call_method("float", (a,)) for a in old.args[:3])
+    accumulated = graph.call_function(linear, (x, pivot_rows))
+    scaled = graph.call_function(torch.mul, (accumulated, factors.y_scale))
+    rounded = graph.call_method("float", (graph.call_method("to", (scaled, factors.coefficients.dtype)),))
+    y_np = graph.call_function(torch.div, (graph.call_function(linear, (rounded, coefficients)), factors.y_scale))
+    return graph.call_method("to", (accumulated, factors.dtype)), graph.call_method("to", (y_np, factors.dtype))
+
+
+def in_order(factors: PifaFactors) -> bool:
+    """Whether the output rows already stand in their order, so that nothing need be gathered."""
+    return bool((factors.gather_order[1:] > factors.gather_order[:-1]).all())

@@ -1,0 +1,102 @@
+"""Graph dumps: for every compiled graph a folder of text that a person can read, and the same in torch's trace.
+
+DIR/graph_0_0/
+    linears.txt, linears.json   every linear layer: what was done, or why not, and the user's own line
+    replace.before.py, .after.py, .ops.txt   for each pass that changed the graph
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx
+
+from pifa_compile import _torch
+from pifa_compile.passes.plan import Context
+from pifa_compile.passes.table import plan_rows, render_rows, render_summary
+
+
+class Dump:
+    """Writes what happens to one graph, if anybody wants it; costs nothing otherwise."""
+
+    def __init__(self, gm: fx.GraphModule, context: Context) -> None:
+        self._context = context
+        self._name = f"graph_{_torch.compile_id()}"
+        self._wanted = context.settings.dump is not None or _torch.tracing()
+        self._before = ""
+        self._ops: Counter[str] = Counter()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this graph's files go, None without ``dump``."""
+        root = self._context.settings.dump
+        return None if root is None else root / self._name
+
+    def before(self, gm: fx.GraphModule) -> None:
+        """Remember the graph as it stands."""
+        if self._wanted:
+            self._before, self._ops = readable(gm), op_counts(gm.graph)
+
+    def after(self, gm: fx.GraphModule, step: str) -> None:
+        """Write the graph before and after the pass ``step`` and how its operators changed."""
+        if self._wanted:
+            after = readable(gm)
+            self._write(f"{step}.before.py", lambda: self._before)
+            self._write(f"{step}.after.py", lambda: after)
+            self._write(f"{step}.ops.txt", lambda: render_op_changes(self._ops, op_counts(gm.graph)))
+
+    def finish(self) -> None:
+        """Write the table of all linear layers."""
+        if self._wanted:
+            rows = plan_rows(self._context.plan)
+            text = f"{render_rows(rows)}\n\n{render_summary(rows)}\n{_run_line(self._context)}\n"
+            data = {"run": _run_id(self._context), "linears": rows}
+            self._write("linears.txt", lambda: text)
+            self._write("linears.json", lambda: json.dumps(data, indent=1) + "\n")
+
+    def _write(self, name: str, text: Callable[[], str]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text(), encoding="utf-8")
+        _torch.trace_artifact(f"pifa_{name}", "json" if name.endswith(".json") else "string", text)
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The graph as Python, with the user's own lines between."""
+    gm.recompile()
+    return gm.print_readable(print_output=False) + "\n"
+
+
+def op_counts(graph: fx.Graph) -> Counter[str]:
+    """How often each operator is called in the graph."""
+    return Counter(_op_name(n) for n in graph.nodes if n.op.startswith("call_"))
+
+
+def _op_name(node: fx.Node) -> str:
+    target: Any = node.target
+    if isinstance(target, str):
+        return f".{target}"
+    return str(target) if "OpOverload" in type(target).__name__ else str(getattr(target, "__name__", target))
+
+
+def render_op_changes(before: Counter[str], after: Counter[str]) -> str:
+    """A table of the operators whose number changed."""
+    changed = sorted(op for op in before | after if before[op] != after[op])
+    rows = [[op, before[op], after[op], f"{after[op] - before[op]:+d}"] for op in changed]
+    return tabulate(rows, ["operator", "before", "after", "change"], "simple", disable_numparse=True) + "\n"
+
+
+def _run_id(context: Context) -> str | None:
+    return None if context.plan.run is None else context.plan.run.header.run_id
+
+
+def _run_line(context: Context) -> str:
+    run = context.plan.run
+    if run is None:
+        return "no compression run"
+    return f"run {run.header.run_id}: {json.dumps(run.header.recipe, sort_keys=True)}"

@@ -1,0 +1,75 @@
+"""The whole of what happens to a graph, in order, and the runner that times, counts, checks and dumps it.
+
+    captured graph -> detect -> lookup -> [dry run ends here] -> replace -> decompose -> tidy -> Inductor
+
+A pass is a function of the graph module and the context that returns a PassResult. It neither logs nor dumps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from pifa_compile import _torch
+from pifa_compile.passes.decompose import decompose
+from pifa_compile.passes.detect import detect
+from pifa_compile.passes.dump import Dump
+from pifa_compile.passes.lookup import lookup
+from pifa_compile.passes.plan import Context, PassResult
+from pifa_compile.passes.replace import replace
+from pifa_compile.passes.tidy import tidy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step; ``rewrites`` says that it changes the graph, so that a dry run stops before it."""
+
+    name: str
+    run: Callable[[fx.GraphModule, Context], PassResult]
+    rewrites: bool
+
+
+PIPELINE = (
+    Pass("detect", detect, rewrites=False),  # first: everything later works on the sites it finds
+    Pass("lookup", lookup, rewrites=False),  # one run for the graph, so that all its layers come from one compression
+    Pass("replace", replace, rewrites=True),  # one operator per layer, whatever form the layer had
+    Pass("decompose", decompose, rewrites=True),  # CPU only, before Inductor: its weight packing is a graph pass
+    Pass("tidy", tidy, rewrites=True),  # last: it erases what the others left without a reader
+)
+
+
+def run_passes(gm: fx.GraphModule, context: Context, *, dry: bool = False) -> dict[str, PassResult]:
+    """Run the pipeline on the graph in place; ``dry`` stops before the first pass that rewrites it."""
+    dump = Dump(gm, context)
+    results: dict[str, PassResult] = {}
+    for step in PIPELINE:
+        if dry and step.rewrites:
+            break
+        if step.rewrites:
+            dump.before(gm)
+        started = time.perf_counter()
+        result = results[step.name] = step.run(gm, context)
+        seconds = time.perf_counter() - started
+        if result.changed:
+            gm.graph.lint()
+            gm.recompile()
+            dump.after(gm, step.name)
+        log.debug("%s: matched %d, changed %d, %.3f s", step.name, result.matched, result.changed, seconds)
+    dump.finish()
+    _count(context)
+    return results
+
+
+def _count(context: Context) -> None:
+    """Counts that any test or user can read: torch._dynamo.utils.counters["pifa"]."""
+    sites = context.plan.sites
+    found = {"matched": len(sites), "replaced": sum(s.factors is not None for s in sites)}
+    counts = _torch.counters()
+    for key, number in (found | {"skipped": sum(s.reason is not None for s in sites)}).items():
+        counts[key] += number

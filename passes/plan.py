@@ -1,0 +1,144 @@
+"""What the passes know of one graph: its linear layers, and what becomes of each.
+
+m = out_features, n = in_features, r = rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from pifa_compile.factors import Factors, numbers
+from pifa_compile.layers import Layout, matrix_shape
+from pifa_compile.options import Settings
+from pifa_compile.store import LayerRecord, Run
+
+
+@dataclass
+class LinearSite:
+    """One call of a linear layer in the graph.
+
+    node     the call; after ``replace`` the node that took its place
+    weight   the placeholder of the weight, None where the weight is no parameter
+    name     the layer's name in the traced frame: a label, not a key
+    source   the user's own line, "file.py:12 code"
+    reason   why the layer stays dense; None while nothing speaks against replacing it
+    digest   of the weight's content, by which the store knows it
+    """
+
+    node: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    parameter: Tensor | None
+    name: str
+    source: str
+    layout: Layout = "out_in"
+    reason: str | None = None
+    digest: str | None = None
+    record: LayerRecord | None = None
+    factors: Factors | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing has yet been found that speaks against replacing the layer."""
+        return self.reason is None and self.parameter is not None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(m, n), where the weight is a matrix."""
+        if self.parameter is None or self.parameter.dim() < 2:
+            return None
+        return matrix_shape(self.parameter, self.layout)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the factors, of those in the store if none were loaded yet."""
+        if self.factors is not None:
+            return self.factors.rank
+        return self.record.rank if self.record is not None and self.record.object else None
+
+    def numbers(self) -> tuple[int, int]:
+        """Parameters before and after (the same where the layer stays dense)."""
+        if self.shape is None:
+            return (0, 0)
+        m, n = self.shape
+        if self.reason is not None or self.record is None or not self.record.object:
+            return m * n, m * n
+        kept = self.record.numbers if self.factors is None else numbers(self.factors.form, m, n, self.factors.rank)
+        return m * n, kept
+
+
+@dataclass
+class Plan:
+    """All linear layers of one graph, in order, and the run that their factors come from."""
+
+    sites: list[LinearSite] = field(default_factory=list)
+    run: Run | None = None
+
+    def weights(self) -> dict[fx.Node, LinearSite]:
+        """The first open site of every weight: a weight with several call sites has one set of factors."""
+        found: dict[fx.Node, LinearSite] = {}
+        for site in self.sites:
+            if site.open and site.weight is not None:
+                found.setdefault(site.weight, site)
+        return found
+
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of every site that stays dense."""
+        return tuple((s.name, s.reason) for s in self.sites if s.reason is not None)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may look at besides the graph.
+
+    values      the real value of every placeholder
+    find_run    the compression run for these weights (open sites), or None; may compress
+    load        factors of a record, in the dtype and on the device of a tensor
+    """
+
+    settings: Settings
+    values: dict[fx.Node, Any]
+    plan: Plan
+    find_run: Callable[[Sequence[LinearSite]], Run | None]
+    load: Callable[[LayerRecord, Tensor], Factors]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did: sites it looked at, things it changed, and the reasons it gave for the rest."""
+
+    matched: int
+    changed: int
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@contextmanager
+def in_place_of(old: fx.Node) -> Iterator[fx.Graph]:
+    """Insert nodes before ``old``; they get its stack trace, so that dumps and profiles keep the user's own line."""
+    graph = old.graph
+    first = old.prev
+    with graph.inserting_before(old):
+        yield graph
+    node = first.next
+    while node is not old:
+        node.meta.setdefault("stack_trace", old.meta.get("stack_trace"))
+        node = node.next
+
+
+def take_place(new: fx.Node, old: fx.Node) -> None:
+    """Let ``new`` stand where ``old`` stood, with all that is known of its value, and erase ``old``."""
+    known = ("example_value", "stack_trace", "nn_module_stack")
+    new.meta.update({key: old.meta[key] for key in known if key in old.meta})
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def argument(node: fx.Node, position: int, name: str) -> fx.Node | None:
+    """The node given to a call by position or by name; None where it is absent or no node."""
+    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return found if isinstance(found, fx.Node) else None

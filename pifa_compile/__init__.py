@@ -1,0 +1,56 @@
+"""Low-rank models through torch.compile: ``torch.compile(model, backend="pifa")``.
+
+compress(model, recipe) factors a model's linear layers into the store; the backend finds them there by the content of
+the weights. dry_run(model, *inputs) says what the backend would do with each layer, and why.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pifa_compile.backend import pifa
+    from pifa_compile.compression import CompressionReport, compress
+    from pifa_compile.dryrun import DryRun, dry_run
+    from pifa_compile.errors import PifaError
+    from pifa_compile.factors import PairFactors, PifaFactors
+    from pifa_compile.recipes import Recipe, Svd, recipe_from_json
+    from pifa_compile.store import Store
+
+_HOME = {
+    "CompressionReport": "compression",
+    "DryRun": "dryrun",
+    "PairFactors": "factors",
+    "PifaError": "errors",
+    "PifaFactors": "factors",
+    "Recipe": "recipes",
+    "Store": "store",
+    "Svd": "recipes",
+    "compress": "compression",
+    "dry_run": "dryrun",
+    "pifa": "backend",
+    "recipe_from_json": "recipes",
+}
+
+__all__ = [  # noqa: RUF022 - data, verbs
+    "CompressionReport",
+    "DryRun",
+    "PairFactors",
+    "PifaError",
+    "PifaFactors",
+    "Recipe",
+    "Store",
+    "Svd",
+    "compress",
+    "dry_run",
+    "pifa",
+    "recipe_from_json",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that importing the package costs next to nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'pifa_compile' has no attribute {name!r}")
+    return getattr(import_module(f"pifa_compile.{_HOME[name]}"), name)

@@ -1,0 +1,155 @@
+"""The private names of torch that this package uses, all of them, in one place.
+
+Checked with torch 2.13.0 (run) and 2.11.0 (where a comment says so). Nothing else here imports a name with an
+underscore from torch; when a torch release moves one, this file is the only one to change.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def counters() -> Counter[str]:
+    """Counts of this package beside those of Dynamo and Inductor: torch._dynamo.utils.counters["pifa"]."""
+    from torch._dynamo.utils import counters as all_counters
+
+    found: Counter[str] = all_counters["pifa"]
+    return found
+
+
+def inductor_keys() -> frozenset[str]:
+    """The names of all Inductor settings."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def mode_settings(mode: str) -> dict[str, Any]:
+    """The Inductor settings that a torch.compile mode stands for; raises RuntimeError on an unknown mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor on a Dynamo graph, with ``settings`` in force while it compiles."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=settings)  # type: ignore[assignment]
+    return compiled
+
+
+def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
+    """Add ``tag`` to the key of both compile caches while the context is entered; a user's own tag stays in it."""
+    mine = f"{torch.compiler.config.cache_key_tag}{tag}"
+    patched: AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=mine)  # type: ignore[attr-defined]
+    return patched
+
+
+def name_lifted_buffer(gm: fx.GraphModule, name: str) -> None:
+    """Tell AOTAutograd where a buffer that a pass has added to a Dynamo graph comes from; it refuses unknown ones."""
+    from torch._dynamo.source import ConstantSource
+
+    sources: Any = gm._param_name_to_source
+    sources[name] = ConstantSource(name)
+
+
+def placeholder_name(node: fx.Node) -> str:
+    """The dotted name that a placeholder's value has in the traced frame, e.g. ``model.layers.0.mlp.up_proj.weight``.
+
+    Names are labels only: after a graph break they lack a prefix.
+    """
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return node.name
+    name = source.name() if callable(source.name) else source.name
+    return dotted(name)
+
+
+def dotted(source: str) -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` as ``layers.0.weight``."""
+    head, _, rest = source.partition("]")
+    text = rest if head.startswith(("L[", "G[")) else source
+    parts = re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", text)
+    words = [indexed or attribute for indexed, attribute in parts]
+    return ".".join(w for w in words if w not in ("_modules", "_parameters", "_buffers")) or text
+
+
+def compile_id() -> str:
+    """The number of the graph being compiled, as torch's own logs print it (``frame/recompile``), e.g. ``0_0``."""
+    from torch._guards import CompileContext
+
+    found = CompileContext.current_compile_id()
+    return "manual" if found is None else f"{found.frame_id}_{found.frame_compile_id}"
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Put an artifact into torch's structured trace (TORCH_TRACE, tlparse); ``payload`` is called only if it is on."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def linear_function() -> Callable[..., Tensor]:
+    """The function that ``torch.nn.functional.linear`` is in a Dynamo graph."""
+    return torch._C._nn.linear
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What Dynamo knows of a node's value: a fake tensor with its shape, dtype and device, or None."""
+    return node.meta.get("example_value")
+
+
+class InductorLowering:
+    """Inductor's lowering interface: the IR, its operations, and its own lowerings of aten operators."""
+
+    def __init__(self) -> None:
+        from torch._inductor import ir, lowering
+        from torch._inductor.virtualized import ops
+
+        self.ir: Any = ir
+        self.ops: Any = ops
+        self._lowering: Any = lowering
+
+    def register(self, op: Any, function: Callable[..., Any]) -> None:
+        """Make a function of Inductor IR the lowering of ``op``; it takes care of dtypes itself."""
+        self._lowering.register_lowering(op, type_promotion_kind=None)(function)
+
+    def call(self, op: Any, *args: Any, **settings: Any) -> Any:
+        """Inductor's own lowering of an aten operator, on IR."""
+        return self._lowering.lowerings[op](*args, **settings)
+
+    def to_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """IR of x in another dtype."""
+        return self._lowering.to_dtype(x, dtype)
+
+    def iota(self, length: Any, device: torch.device) -> Any:
+        """IR of 0, 1, ... length - 1 in int64."""
+        settings = {"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False}
+        return self._lowering.lowerings[torch.ops.prims.iota](length, **settings)
+
+
+@functools.cache
+def inductor() -> InductorLowering:
+    """The lowering interface, imported on first use: that takes two seconds."""
+    return InductorLowering()
+
+
+def tracing() -> bool:
+    """Whether a structured trace is being written (TORCH_TRACE)."""
+    from torch._logging._internal import trace_log
+
+    return bool(trace_log.handlers)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as an attribute of torch: ``float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,135 @@
+"""The Dynamo backend: options -> run of the store -> graph passes -> Inductor.
+
+torch.compile(model, backend="pifa", options={"density": 0.6})
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pifa_compile import _torch
+from pifa_compile.compression import compress_weights
+from pifa_compile.factors import Factors
+from pifa_compile.kernels import lowering
+from pifa_compile.layers import LinearWeight
+from pifa_compile.loaded import shared_factors
+from pifa_compile.options import Settings, resolve
+from pifa_compile.passes.detect import GRADIENT
+from pifa_compile.passes.lookup import NO_RUN
+from pifa_compile.passes.pipeline import run_passes
+from pifa_compile.passes.plan import Context, LinearSite, Plan
+from pifa_compile.recipes import recipe_for
+from pifa_compile.selection import choose_run
+from pifa_compile.store import LayerRecord, Run, Store
+
+log = logging.getLogger(__name__)
+
+
+def pifa(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its linear layers in factored form; see ``options.Settings`` for the options.
+
+    The graph is rewritten in place. Weights keep their dense copy, because the model still owns it.
+    """
+    settings = resolve(mode, options)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, example_inputs, strict=True))
+    context = make_context(settings, values, find_run_or_compress)
+    run_passes(gm, context)
+    _tell(context)
+    remaining = set(gm.graph.find_nodes(op="placeholder"))
+    inputs = [value for node, value in values.items() if node in remaining]
+    if settings.inner == "eager":
+        return gm.forward
+    lowering.register()
+    with _torch.cache_key_tag(f";pifa {source_digest()}"):
+        return _torch.compile_inner(gm, inputs, dict(settings.inductor))
+
+
+def make_context(
+    settings: Settings,
+    values: Mapping[fx.Node, Any],
+    find_run: Callable[[Store, Settings, Sequence[LinearSite]], Run | None],
+) -> Context:
+    """The context of the passes over one graph; the store is opened when the first layer asks for it."""
+    opened = functools.cache(lambda: Store(settings.store))
+
+    def load(record: LayerRecord, like: Tensor) -> Factors:
+        return shared_factors(opened(), record, like.dtype, like.device)
+
+    return Context(settings, dict(values), Plan(), lambda sites: find_run(opened(), settings, sites), load)
+
+
+def find_run(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
+    """The run of the store that fits the weights of the sites, or None."""
+    return choose_run(store, [s.digest for s in sites if s.digest is not None], settings)
+
+
+def find_run_or_compress(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
+    """As ``find_run``; with a density that no run has, the weights are compressed now, without data."""
+    run = find_run(store, settings, sites)
+    if run is not None or settings.density is None:
+        return run
+    log.warning("no compression run at density %g fits: compressing %d layers now", settings.density, len(sites))
+    weights = [LinearWeight(s.name, s.parameter, s.layout) for s in sites if s.parameter is not None]
+    recipe = recipe_for(settings.method or "svd", density=settings.density)
+    with torch.no_grad():
+        return compress_weights(weights, recipe, store, model=_common_prefix([s.name for s in sites]))
+
+
+def _common_prefix(names: list[str]) -> str:
+    """A label for a graph's weights: the path that their names share."""
+    parts = [name.split(".") for name in names]
+    shared = [words[0] for words in zip(*parts, strict=False) if len(set(words)) == 1]
+    return ".".join(shared) or "compiled graph"
+
+
+def _tell(context: Context) -> None:
+    """One log line of what was done, and one warning where the user can do something about layers left dense."""
+    sites = context.plan.sites
+    replaced = {id(s.parameter): s.parameter for s in sites if s.factors is not None and s.parameter is not None}
+    kept = sum(p.nbytes for p in replaced.values()) / 1e6
+    run = context.plan.run.header.run_id if context.plan.run is not None else "none"
+    log.info(
+        "%d of %d linear layers replaced from run %s; their dense weights stay in memory beside the factors: %.1f MB",
+        sum(s.factors is not None for s in sites), len(sites), run, kept,
+    )  # fmt: skip
+    for cause in (GRADIENT, NO_RUN):
+        count = sum(s.reason == cause for s in sites)
+        if count:
+            warnings.warn(f"pifa: {count} of {len(sites)} linear layers stay dense: {cause}", stacklevel=2)
+    unknown = [s for s in sites if s.digest and s.record is None]
+    if context.plan.run is not None and unknown:
+        warnings.warn(
+            f"pifa: {len(unknown)} of {len(sites)} linear layers stay dense: {unknown[0].reason}", stacklevel=2
+        )
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of this package's sources and tables: part of the key of the compile caches, which do not know them."""
+    package = Path(__file__).parent
+    folders = (package, package / "passes", package / "kernels")  # rglob does not follow the two links of a source tree
+    files = {p.relative_to(package): p for folder in folders for p in folder.rglob("*") if p.suffix in SOURCES}
+    hasher = hashlib.sha256()
+    for relative, path in sorted(files.items()):
+        hasher.update(f"{relative}\n".encode())
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+SOURCES = (".py", ".jinja", ".json")

@@ -1,0 +1,129 @@
+"""What the backend would do with every linear layer of a model, and why, before anything is changed or compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from pifa_compile.backend import find_run, make_context
+from pifa_compile.compression.ranks import plan_uniform
+from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Form, numbers
+from pifa_compile.options import Settings, resolve
+from pifa_compile.passes.pipeline import run_passes
+from pifa_compile.passes.plan import Context, LinearSite
+from pifa_compile.passes.table import plan_rows, render_rows, render_summary
+from pifa_compile.recipes import recipe_for
+from pifa_compile.store import LayerRecord, Run, Store
+
+
+@dataclass
+class DryRun:
+    """One row per linear layer of every graph that Dynamo captured.
+
+    run      the compression run that would be used, None if there is none
+    planned  whether the ranks are a plan: the first call would compress the weights, and true ranks may be lower
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    graphs: int = 0
+    run: str | None = None
+    planned: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        return {"run": self.run, "planned": self.planned, "graphs": self.graphs, "linears": self.rows}
+
+    def __str__(self) -> str:
+        lines = [render_rows(self.rows), "", render_summary(self.rows)]
+        if self.planned:
+            lines.append("no run has this density: the first call would compress; true ranks may be lower than planned")
+        elif self.run is not None:
+            lines.append(f"factors from run {self.run}")
+        forms: tuple[Form, ...] = ("dense", "pair", "pifa")
+        lines.append("numbers:     " + ", ".join(f"{form} {NUMBERS[form]}" for form in forms))
+        lines.append("FLOP/token:  " + ", ".join(f"{form} {FLOP_PER_TOKEN[form]}" for form in forms))
+        return "\n".join(lines)
+
+
+def dry_run(
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **keywords: Any,
+) -> DryRun:
+    """Run ``model(*inputs, **keywords)`` once, uncompressed and without gradients, and report what would be replaced.
+
+    options  the backend's options, e.g. {"density": 0.6} or {"run": "svd-0.6-..."}; nothing is compressed or written
+    """
+    settings = resolve(None, options)
+    report = DryRun()
+    backend = functools.partial(_observe, report=report, settings=settings)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=dynamic)(*inputs, **keywords)
+    return report
+
+
+def _observe(
+    gm: fx.GraphModule, example_inputs: list[Any], *, report: DryRun, settings: Settings
+) -> Callable[..., Any]:
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+
+    def find_or_plan(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
+        run = find_run(store, settings, sites)
+        report.planned |= run is None and settings.density is not None
+        return run
+
+    context = make_context(replace(settings, dump=None), values, find_or_plan)
+    run_passes(gm, context, dry=True)
+    if context.plan.run is not None:
+        report.run = context.plan.run.header.run_id
+    elif settings.density is not None:
+        _plan_ranks(context, settings)
+    report.graphs += 1
+    report.rows += plan_rows(context.plan)
+    return gm.forward
+
+
+def _plan_ranks(context: Context, settings: Settings) -> None:
+    """Give every site that waits for a compression the record that its shape and the density promise."""
+    recipe = recipe_for(settings.method or "svd", density=settings.density)
+    waiting: dict[str, LinearSite] = {}
+    for site in context.plan.sites:
+        if site.digest is not None and site.record is None:
+            waiting.setdefault(site.digest, site)
+    shapes = [site.shape or (0, 0) for site in waiting.values()]
+    ranks = plan_uniform(shapes, recipe.density, recipe.rank_multiple, recipe.form)
+    planned = {
+        digest: _planned_record(site, rank, recipe.form)
+        for (digest, site), rank in zip(waiting.items(), ranks, strict=True)
+    }
+    for site in context.plan.sites:
+        if site.digest in planned:
+            site.record = planned[site.digest]
+            site.reason = site.record.reason
+
+
+def _planned_record(site: LinearSite, rank: int, form: Form) -> LayerRecord:
+    m, n = site.shape or (0, 0)
+    return LayerRecord(
+        name=site.name,
+        digests={},
+        shape=(m, n),
+        object=_PLANNED if rank else None,
+        form=form if rank else "dense",
+        rank=rank,
+        numbers=numbers(form, m, n, rank) if rank else m * n,
+        bytes=0,
+        seconds=0.0,
+        reason=None if rank else "no rank keeps so few numbers",
+    )
+
+
+_PLANNED = "0" * 64  # stands for an object that is not made yet

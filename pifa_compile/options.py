@@ -1,0 +1,133 @@
+"""What a caller may set on the backend: argument before environment before default, and nothing accepted in silence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pifa_compile import _torch
+from pifa_compile.recipes import RECIPES, check_density
+from pifa_compile.errors import OptionError, RecipeError, UnknownOptionError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The backend's options, resolved.
+
+    run         id of the compression run to use, or an unambiguous beginning of it (PIFA_RUN)
+    density     fraction of parameters to keep; compresses at the first call if no run has it (PIFA_DENSITY)
+    method      method of that run (PIFA_METHOD)
+    store       directory of the compression cache (PIFA_CACHE_DIR; default: the Hugging Face assets cache)
+    skip        glob patterns of layer names that stay dense in this compilation (PIFA_SKIP, comma between)
+    allow_grad  replace trainable weights although gradients are on: their gradients are then lost (PIFA_ALLOW_GRAD)
+    dump        directory for graph dumps (PIFA_DUMP)
+    inner       "inductor", or "eager" to stop after the graph passes (PIFA_INNER)
+    inductor    every other key: settings of Inductor, from ``mode`` and ``options``
+    """
+
+    run: str | None = None
+    density: float | None = None
+    method: str | None = None
+    store: Path | None = None
+    skip: tuple[str, ...] = ()
+    allow_grad: bool = False
+    dump: Path | None = None
+    inner: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from what torch.compile hands a backend; raises OptionError, with the nearest name for an unknown key."""
+    values: dict[str, Any] = {}
+    for key, variable in _VARIABLES.items():
+        if os.environ.get(variable):
+            values[key] = _parse(key, os.environ[variable], f"{variable}={os.environ[variable]!r}")
+    inductor: dict[str, Any] = _mode(mode)
+    known = _torch.inductor_keys()
+    for key, value in (options or {}).items():
+        if key in _PARSERS:
+            values[key] = _parse(key, value, f"option {key}={value!r}")
+        elif (dotted := key.replace("-", "_")) in known:
+            inductor[dotted] = value
+        else:
+            raise UnknownOptionError(key, [*_PARSERS, *known])
+    if values.get("run") and (values.get("density") or values.get("method")):
+        raise OptionError("options 'run' and 'density' or 'method' both choose the compression run; give one of them")
+    if values.get("method") and not values.get("density"):
+        raise OptionError(f"option method={values['method']!r} needs a density beside it")
+    return Settings(**values, inductor=inductor)
+
+
+def _mode(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    try:
+        return _torch.mode_settings(mode)
+    except RuntimeError as error:
+        raise OptionError(f"unknown mode {mode!r}: {error}") from None
+
+
+def _parse(key: str, value: Any, said: str) -> Any:
+    try:
+        return _PARSERS[key](value)
+    except (ValueError, TypeError, RecipeError) as error:
+        raise OptionError(f"{said}: {error}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("give a non-empty string")
+    return value
+
+
+def _density(value: Any) -> float:
+    return check_density(float(value) if isinstance(value, str) and value[:1].isdigit() else value)
+
+
+def _method(value: Any) -> str:
+    if value not in RECIPES:
+        raise ValueError(f"known methods: {', '.join(RECIPES)}{did_you_mean(str(value), RECIPES)}")
+    return str(value)
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError("give a directory")
+    return Path(value).expanduser()
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(_text(p).strip() for p in parts)
+
+
+def _flag(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError("give True or False")
+    return words[str(value).lower()]
+
+
+def _inner(value: Any) -> str:
+    if value not in ("inductor", "eager"):
+        raise ValueError("give 'inductor' or 'eager'")
+    return str(value)
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "run": _text,
+    "density": _density,
+    "method": _method,
+    "store": _path,
+    "skip": _patterns,
+    "allow_grad": _flag,
+    "dump": _path,
+    "inner": _inner,
+}
+_VARIABLES = {key: "PIFA_CACHE_DIR" if key == "store" else f"PIFA_{key.upper()}" for key in _PARSERS}
+assert set(_PARSERS) | {"inductor"} == {f.name for f in fields(Settings)}
