@@ -15,8 +15,8 @@ from torch import fx
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
-from pifa_compile.passes.plan import Context, PassResult, in_place_of, take_place
-from pifa_compile.passes.replace import Buffers
+from pifa_compile.passes.plan import Context, PassResult, argument, cast, in_place_of, take_place
+from pifa_compile.passes.replace import Buffers, output_dtype
 
 
 def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -31,14 +31,21 @@ def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _spell_out(old: fx.Node, factors: PifaFactors, buffers: Buffers) -> fx.Node:
-    x, pivot_rows, coefficients, _, bias, _ = old.args
+    x, pivot_rows, coefficients, bias = (argument(old, i, name) for i, name in _TENSORS)
+    assert x is not None and pivot_rows is not None and coefficients is not None
     linear = _torch.linear_function()
+    dtype = output_dtype(old, factors.pivot_rows)
     with in_place_of(old) as graph:
+        if dtype != factors.dtype:  # a prepared layer under autocast
+            x, pivot_rows = cast(graph, x, dtype), cast(graph, pivot_rows, dtype)
+            bias = None if bias is None else cast(graph, bias, dtype)
+            if factors.coefficients.dtype == factors.dtype:
+                coefficients = cast(graph, coefficients, dtype)
         if factors.coefficients.dtype == factors.pivot_rows.dtype:
             y_p = graph.call_function(linear, (x, pivot_rows))
             y_np = graph.call_function(linear, (y_p, coefficients))
         else:
-            y_p, y_np = _mixed(graph, old, factors)
+            y_p, y_np = _mixed(graph, (x, pivot_rows, coefficients), factors, dtype)
         y = y_p
         if factors.coefficients.shape[0]:
             y = graph.call_function(torch.cat, ([y_p, y_np], -1))
@@ -50,15 +57,20 @@ def _spell_out(old: fx.Node, factors: PifaFactors, buffers: Buffers) -> fx.Node:
     return y
 
 
-def _mixed(graph: fx.Graph, old: fx.Node, factors: PifaFactors) -> tuple[fx.Node, fx.Node]:
+_TENSORS = ((0, "x"), (1, "pivot_rows"), (2, "coefficients"), (4, "bias"))
+
+
+def _mixed(
+    graph: fx.Graph, given: tuple[fx.Node, fx.Node, fx.Node], factors: PifaFactors, dtype: torch.dtype
+) -> tuple[fx.Node, fx.Node]:
     """y_p and y_np where y_p is kept in float32 and rounded to the coefficients' own dtype, as the operator does."""
     linear = _torch.linear_function()
-    x, pivot_rows, coefficients = (graph.call_method("float", (a,)) for a in old.args[:3])
+    x, pivot_rows, coefficients = (graph.call_method("float", (node,)) for node in given)
     accumulated = graph.call_function(linear, (x, pivot_rows))
     scaled = graph.call_function(torch.mul, (accumulated, factors.y_scale))
     rounded = graph.call_method("float", (graph.call_method("to", (scaled, factors.coefficients.dtype)),))
     y_np = graph.call_function(torch.div, (graph.call_function(linear, (rounded, coefficients)), factors.y_scale))
-    return graph.call_method("to", (accumulated, factors.dtype)), graph.call_method("to", (y_np, factors.dtype))
+    return graph.call_method("to", (accumulated, dtype)), graph.call_method("to", (y_np, dtype))
 
 
 def in_order(factors: PifaFactors) -> bool:

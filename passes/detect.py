@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pifa_compile import _torch
+from pifa_compile.factors import PifaFactors
+from pifa_compile.kernels.op import linear as pifa_linear
 from pifa_compile.layers import is_output_embedding_name, supported_dtype
+from pifa_compile.passes.forms import Match, match_linear, view_of_parameter
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument
 
 GRADIENT = (
@@ -20,33 +23,50 @@ GRADIENT = (
 
 
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Fill the plan with one site per ``F.linear``; the graph stays as it is."""
+    """Fill the plan with one site per linear layer, in whatever form it stands; the graph stays as it is."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is _torch.linear_function():
-            context.plan.sites.append(_site(node, context))
+        if node.target is pifa_linear:
+            context.plan.sites.append(_prepared_site(node, context))
+        elif (match := match_linear(node)) is not None:
+            context.plan.sites.append(_site(node, match, context))
     return PassResult(len(context.plan.sites), 0, context.plan.skipped())
 
 
-def _site(node: fx.Node, context: Context) -> LinearSite:
-    weight = argument(node, 1, "weight")
-    bias = argument(node, 2, "bias")
-    source = source_line(node)
-    if not isinstance(weight, fx.Node) or weight.op != "placeholder":
-        name = weight.name if isinstance(weight, fx.Node) else node.name
-        return LinearSite(node, None, bias, None, name, source, reason=_derived(weight))
-    value = context.values.get(weight)
-    name = _torch.placeholder_name(weight).removesuffix(".weight")
-    if not isinstance(value, Tensor):
-        return LinearSite(node, weight, bias, None, name, source, reason="the weight is no tensor")
-    site = LinearSite(node, weight, bias, value, name, source)
-    site.reason = _reason(site, value, weight, context)
+def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
+    value = context.values.get(match.weight)
+    weight = match.weight if isinstance(value, Tensor) else None
+    name = _torch.placeholder_name(match.weight) if weight is not None else match.weight.name
+    site = LinearSite(
+        node=node,
+        x=match.x,
+        weight=weight,
+        bias=match.bias,
+        parameter=value if weight is not None else None,
+        name=name.removesuffix(".weight"),
+        source=source_line(node),
+        layout=match.layout,
+        channel=match.channel,
+        through=match.through,
+    )
+    site.reason = match.reason or view_of_parameter(match.weight) if value is None else None
+    if site.reason is None and isinstance(value, Tensor):
+        site.reason = _reason(site, value, match.weight, context) or match.reason
     return site
 
 
-def _derived(weight: fx.Node | None) -> str:
-    if weight is None:
-        return "the weight is a constant of the graph"
-    return f"the weight is computed in the graph ({weight.name}), not a parameter"
+def _prepared_site(node: fx.Node, context: Context) -> LinearSite:
+    """A layer that came with factors: nothing to look up, but passes that follow may work on it."""
+    x, *parts = (argument(node, i, name) for i, name in enumerate(("x", "pivot_rows", "coefficients", "row_order")))
+    tensors = [context.values.get(part) for part in parts if part is not None]
+    name = _torch.placeholder_name(parts[0]).removesuffix(".pivot_rows") if parts[0] is not None else node.name
+    site = LinearSite(
+        node, x or node, None, argument(node, 4, "bias"), None, name, source_line(node), row_order=parts[2]
+    )
+    if len(tensors) == 3 and all(isinstance(t, Tensor) for t in tensors):
+        rows, coefficients, order = (t.detach() for t in tensors if isinstance(t, Tensor))
+        y_scale = node.args[5] if len(node.args) > 5 else node.kwargs.get("y_scale", 1.0)
+        site.factors = PifaFactors(rows, coefficients, order, float(y_scale))  # type: ignore[arg-type]
+    return site
 
 
 def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Context) -> str | None:
@@ -60,8 +80,8 @@ def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Con
         return "the weight is a plain tensor, not a parameter"
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
         return f"the weight is a {type(weight).__name__} ({weight.layout}), not a plain parameter"
-    if weight.dim() != 2:
-        return f"the weight has {weight.dim()} dimensions, not two"
+    if weight.dim() != 2 and site.layout != "conv1x1":
+        return f"a stack of {weight.shape[0]} weights in one {weight.dim()}-dimensional parameter"
     if not supported_dtype(weight.dtype):
         return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     if torch.is_grad_enabled() and weight.requires_grad and not context.settings.allow_grad:

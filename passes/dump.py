@@ -3,6 +3,7 @@
 DIR/graph_0_0/
     linears.txt, linears.json   every linear layer: what was done, or why not, and the user's own line
     replace.before.py, .after.py, .ops.txt   for each pass that changed the graph
+    graph.html                  both graphs side by side, to be opened in a browser; not in torch's trace
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 from torch import fx
 
 from pifa_compile import _torch
+from pifa_compile.passes.page import page_data, render_page
 from pifa_compile.passes.plan import Context
+from pifa_compile.passes.snapshot import Snapshot, op_name
 from pifa_compile.passes.table import plan_rows, render_rows, render_summary
 
 
@@ -25,11 +27,13 @@ class Dump:
     """Writes what happens to one graph, if anybody wants it; costs nothing otherwise."""
 
     def __init__(self, gm: fx.GraphModule, context: Context) -> None:
+        self._graph = gm.graph
         self._context = context
         self._name = f"graph_{_torch.compile_id()}"
         self._wanted = context.settings.dump is not None or _torch.tracing()
         self._before = ""
         self._ops: Counter[str] = Counter()
+        self._captured: Snapshot | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -41,6 +45,8 @@ class Dump:
         """Remember the graph as it stands."""
         if self._wanted:
             self._before, self._ops = readable(gm), op_counts(gm.graph)
+        if self.folder is not None and self._captured is None:
+            self._captured = Snapshot(gm.graph, self._context.plan)
 
     def after(self, gm: fx.GraphModule, step: str) -> None:
         """Write the graph before and after the pass ``step`` and how its operators changed."""
@@ -51,13 +57,16 @@ class Dump:
             self._write(f"{step}.ops.txt", lambda: render_op_changes(self._ops, op_counts(gm.graph)))
 
     def finish(self) -> None:
-        """Write the table of all linear layers."""
+        """Write the table of all linear layers, and the page."""
         if self._wanted:
             rows = plan_rows(self._context.plan)
             text = f"{render_rows(rows)}\n\n{render_summary(rows)}\n{_run_line(self._context)}\n"
             data = {"run": _run_id(self._context), "linears": rows}
             self._write("linears.txt", lambda: text)
             self._write("linears.json", lambda: json.dumps(data, indent=1) + "\n")
+        if self.folder is not None and self._captured is not None:
+            page = page_data(self._name, self._captured, self._graph, self._context.plan)
+            (self.folder / "graph.html").write_text(render_page(page), encoding="utf-8")
 
     def _write(self, name: str, text: Callable[[], str]) -> None:
         if self.folder is not None:
@@ -74,14 +83,7 @@ def readable(gm: fx.GraphModule) -> str:
 
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """How often each operator is called in the graph."""
-    return Counter(_op_name(n) for n in graph.nodes if n.op.startswith("call_"))
-
-
-def _op_name(node: fx.Node) -> str:
-    target: Any = node.target
-    if isinstance(target, str):
-        return f".{target}"
-    return str(target) if "OpOverload" in type(target).__name__ else str(getattr(target, "__name__", target))
+    return Counter(op_name(n) for n in graph.nodes if n.op.startswith("call_"))
 
 
 def render_op_changes(before: Counter[str], after: Counter[str]) -> str:

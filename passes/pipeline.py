@@ -1,6 +1,7 @@
 """The whole of what happens to a graph, in order, and the runner that times, counts, checks and dumps it.
 
-    captured graph -> detect -> lookup -> [dry run ends here] -> replace -> decompose -> tidy -> Inductor
+    captured graph -> detect -> find_pairs -> lookup -> take_pairs -> [dry run ends here]
+                   -> replace -> decompose -> tidy -> Inductor
 
 A pass is a function of the graph module and the context that returns a PassResult. It neither logs nor dumps.
 """
@@ -19,6 +20,7 @@ from pifa_compile.passes.decompose import decompose
 from pifa_compile.passes.detect import detect
 from pifa_compile.passes.dump import Dump
 from pifa_compile.passes.lookup import lookup
+from pifa_compile.passes.pairs import find_pairs, take_pairs
 from pifa_compile.passes.plan import Context, PassResult
 from pifa_compile.passes.replace import replace
 from pifa_compile.passes.tidy import tidy
@@ -37,7 +39,11 @@ class Pass:
 
 PIPELINE = (
     Pass("detect", detect, rewrites=False),  # first: everything later works on the sites it finds
+    Pass("find_pairs", find_pairs, rewrites=False),  # before lookup: halves of adapters are not compressed either
     Pass("lookup", lookup, rewrites=False),  # one run for the graph, so that all its layers come from one compression
+    Pass(
+        "take_pairs", take_pairs, rewrites=False
+    ),  # after lookup: factors of the halves, where there are any, come first
     Pass("replace", replace, rewrites=True),  # one operator per layer, whatever form the layer had
     Pass("decompose", decompose, rewrites=True),  # CPU only, before Inductor: its weight packing is a graph pass
     Pass("tidy", tidy, rewrites=True),  # last: it erases what the others left without a reader
@@ -69,7 +75,12 @@ def run_passes(gm: fx.GraphModule, context: Context, *, dry: bool = False) -> di
 def _count(context: Context) -> None:
     """Counts that any test or user can read: torch._dynamo.utils.counters["pifa"]."""
     sites = context.plan.sites
-    found = {"matched": len(sites), "replaced": sum(s.factors is not None for s in sites)}
+    found = {
+        "matched": len(sites),
+        "replaced": sum(s.factors is not None and not s.prepared for s in sites),
+        "prepared": sum(s.prepared for s in sites),
+        "skipped": sum(s.reason is not None for s in sites),
+    }
     counts = _torch.counters()
-    for key, number in (found | {"skipped": sum(s.reason is not None for s in sites)}).items():
+    for key, number in found.items():
         counts[key] += number

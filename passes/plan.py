@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
-from pifa_compile.factors import Factors, numbers
+from pifa_compile import _torch
+from pifa_compile.factors import Factors
 from pifa_compile.layers import Layout, matrix_shape
 from pifa_compile.options import Settings
 from pifa_compile.store import LayerRecord, Run
+
+if TYPE_CHECKING:
+    from pifa_compile.passes.pairs import Pair
 
 
 @dataclass
@@ -23,24 +28,32 @@ class LinearSite:
     """One call of a linear layer in the graph.
 
     node     the call; after ``replace`` the node that took its place
-    weight   the placeholder of the weight, None where the weight is no parameter
+    x        the activations; channel: their contracted dimension, from the end (-1 but for convolutions)
+    weight   the placeholder of the weight, None where the weight is no parameter; through: its transposes
     name     the layer's name in the traced frame: a label, not a key
     source   the user's own line, "file.py:12 code"
     reason   why the layer stays dense; None while nothing speaks against replacing it
+    row_order  of a layer that came as ``pifa::linear``: its placeholder
     digest   of the weight's content, by which the store knows it
+    inner    the first half of a low-rank pair whose second half this is, once both became one layer
     """
 
     node: fx.Node
+    x: fx.Node
     weight: fx.Node | None
     bias: fx.Node | None
     parameter: Tensor | None
     name: str
     source: str
     layout: Layout = "out_in"
+    channel: int = -1
+    through: tuple[fx.Node, ...] = ()
+    row_order: fx.Node | None = None
     reason: str | None = None
     digest: str | None = None
     record: LayerRecord | None = None
     factors: Factors | None = None
+    inner: LinearSite | None = None
 
     @property
     def open(self) -> bool:
@@ -48,10 +61,17 @@ class LinearSite:
         return self.reason is None and self.parameter is not None
 
     @property
+    def prepared(self) -> bool:
+        """Whether the layer came with factors of its own (a PifaLinear)."""
+        return self.row_order is not None
+
+    @property
     def shape(self) -> tuple[int, int] | None:
-        """(m, n), where the weight is a matrix."""
+        """(m, n), where the weight is a matrix; of the product, where a pair became one layer."""
+        if self.inner is not None and self.factors is not None:
+            return self.factors.shape
         if self.parameter is None or self.parameter.dim() < 2:
-            return None
+            return None if self.factors is None else self.factors.shape
         return matrix_shape(self.parameter, self.layout)
 
     @property
@@ -66,10 +86,12 @@ class LinearSite:
         if self.shape is None:
             return (0, 0)
         m, n = self.shape
-        if self.reason is not None or self.record is None or not self.record.object:
-            return m * n, m * n
-        kept = self.record.numbers if self.factors is None else numbers(self.factors.form, m, n, self.factors.rank)
-        return m * n, kept
+        if self.inner is not None and self.factors is not None:
+            return sum(s.parameter.numel() for s in (self, self.inner) if s.parameter is not None), self.factors.numbers
+        if self.factors is not None:
+            return m * n, self.factors.numbers
+        taken = self.reason is None and self.record is not None and self.record.object is not None
+        return m * n, self.record.numbers if taken and self.record is not None else m * n
 
 
 @dataclass
@@ -77,6 +99,7 @@ class Plan:
     """All linear layers of one graph, in order, and the run that their factors come from."""
 
     sites: list[LinearSite] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
     run: Run | None = None
 
     def weights(self) -> dict[fx.Node, LinearSite]:
@@ -86,6 +109,15 @@ class Plan:
             if site.open and site.weight is not None:
                 found.setdefault(site.weight, site)
         return found
+
+    def watched(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Tensor]:
+        """The placeholders whose values the rewritten graph has taken in: they must stay as they are."""
+        taken = [site for site in self.sites if site.factors is not None]
+        nodes = [node for site in taken for node in (site.weight, site.row_order)]
+        for site in taken:
+            if site.inner is not None:  # both biases were folded too
+                nodes += [site.inner.weight, site.inner.bias, site.bias]
+        return {node: values[node] for node in nodes if node is not None and isinstance(values.get(node), Tensor)}
 
     def skipped(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of every site that stays dense."""
@@ -99,6 +131,7 @@ class Context:
     values      the real value of every placeholder
     find_run    the compression run for these weights (open sites), or None; may compress
     load        factors of a record, in the dtype and on the device of a tensor
+    factor_pairs  factors of the products of pairs, with folded biases
     """
 
     settings: Settings
@@ -106,6 +139,7 @@ class Context:
     plan: Plan
     find_run: Callable[[Sequence[LinearSite]], Run | None]
     load: Callable[[LayerRecord, Tensor], Factors]
+    factor_pairs: Callable[[Sequence[Pair]], Sequence[Factors]]
 
 
 @dataclass(frozen=True)
@@ -117,9 +151,15 @@ class PassResult:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
+ORIGIN = "pifa_origin"
+
+
 @contextmanager
 def in_place_of(old: fx.Node) -> Iterator[fx.Graph]:
-    """Insert nodes before ``old``; they get its stack trace, so that dumps and profiles keep the user's own line."""
+    """Insert nodes before ``old``; they get its stack trace, so that dumps and profiles keep the user's own line.
+
+    ``meta[ORIGIN]`` of each is the name of the captured node in whose place it was written, through several passes.
+    """
     graph = old.graph
     first = old.prev
     with graph.inserting_before(old):
@@ -127,6 +167,7 @@ def in_place_of(old: fx.Node) -> Iterator[fx.Graph]:
     node = first.next
     while node is not old:
         node.meta.setdefault("stack_trace", old.meta.get("stack_trace"))
+        node.meta.setdefault(ORIGIN, old.meta.get(ORIGIN, old.name))
         node = node.next
 
 
@@ -142,3 +183,14 @@ def argument(node: fx.Node, position: int, name: str) -> fx.Node | None:
     """The node given to a call by position or by name; None where it is absent or no node."""
     found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
     return found if isinstance(found, fx.Node) else None
+
+
+def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The node in ``dtype``; itself where it already has it."""
+    value = _torch.fake_value(node)
+    if isinstance(value, Tensor) and value.dtype == dtype:
+        return node
+    made = graph.call_method("to", (node, dtype))
+    if isinstance(value, Tensor):
+        made.meta["example_value"] = value.to(dtype)
+    return made

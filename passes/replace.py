@@ -1,7 +1,8 @@
 """Put the factors in the place of the dense weights: every linear layer with factors becomes ``pifa::linear``.
 
-    before   y = linear(x, weight, bias)
+    before   y = linear(x, weight, bias)                          (or any other form that ``forms`` knows)
     after    y = pifa::linear(x, pivot_rows, coefficients, row_order, bias, y_scale)
+                                                                  (x of the first half, where it is a pair)
     or       y = linear(linear(x, right), left, bias)                       (a layer kept as a plain pair)
 
 The factors become buffers of the graph module, which keeps both compile caches working, makes them static for CUDA
@@ -17,18 +18,22 @@ from torch import Tensor, fx
 from pifa_compile import _torch
 from pifa_compile.factors import Factors, PairFactors
 from pifa_compile.kernels.op import linear as pifa_linear
-from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of, take_place
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, cast, in_place_of, take_place
 
 
 def replace(gm: fx.GraphModule, context: Context) -> PassResult:
     """Replace every open site that has a record; its node becomes the node of the replacement."""
     buffers = Buffers(gm)
+    moved: dict[fx.Node, fx.Node] = {}  # a layer may read another that was replaced before it
     changed = 0
     for site in context.plan.sites:
-        if site.open and site.record is not None and site.parameter is not None:
+        if site.open and site.parameter is not None and (site.record is not None or site.factors is not None):
             dtype = output_dtype(site.node, site.parameter)
-            site.factors = context.load(site.record, site.parameter.detach().new_empty(0, dtype=dtype))
-            _replace_site(site, site.factors, dtype, buffers)
+            if site.factors is None and site.record is not None:
+                site.factors = context.load(site.record, site.parameter.detach().new_empty(0, dtype=dtype))
+            assert site.factors is not None
+            old, x = site.node, site.x if site.inner is None else site.inner.x
+            moved[old] = _replace_site(site, moved.get(x, x), site.factors, dtype, buffers)
             changed += 1
     return PassResult(len(context.plan.sites), changed, context.plan.skipped())
 
@@ -58,11 +63,16 @@ class Buffers:
         return node
 
 
-def _replace_site(site: LinearSite, factors: Factors, dtype: torch.dtype, buffers: Buffers) -> None:
+def _replace_site(site: LinearSite, given: fx.Node, factors: Factors, dtype: torch.dtype, buffers: Buffers) -> fx.Node:
+    """Write the replacement of a site that reads ``given``; returns the node with the layer's output."""
     old = site.node
     with in_place_of(old) as graph:
-        x = _cast(graph, argument(old, 0, "input"), dtype)
-        bias = buffers.get(factors.bias, "bias") if factors.bias is not None else _cast(graph, site.bias, dtype)
+        x = cast(graph, given, dtype)
+        if site.channel != -1:
+            x = graph.call_method("movedim", (x, site.channel, -1))
+        bias = None if site.bias is None else cast(graph, site.bias, dtype)
+        if factors.bias is not None:
+            bias = buffers.get(factors.bias, "bias")
         parts = [buffers.get(t, name) for name, t in factors.tensors().items() if name != "bias"]
         if isinstance(factors, PairFactors):
             left, right = parts
@@ -70,18 +80,16 @@ def _replace_site(site: LinearSite, factors: Factors, dtype: torch.dtype, buffer
             new = graph.call_function(_torch.linear_function(), (inner, left, bias))
         else:
             new = graph.call_function(pifa_linear, (x, *parts, bias, factors.y_scale))
-    take_place(new, old)
     site.node = new
+    if site.channel != -1:
+        with in_place_of(old) as graph:
+            new = graph.call_method("movedim", (new, -1, site.channel))
+            if _is_contiguous(old):  # as a convolution leaves it, for readers that view it
+                new = graph.call_method("contiguous", (new,))
+    take_place(new, old)
+    return new
 
 
-def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
-    """The node in ``dtype``; itself where it already has it."""
-    if node is None:
-        return None
+def _is_contiguous(node: fx.Node) -> bool:
     value = _torch.fake_value(node)
-    if isinstance(value, Tensor) and value.dtype == dtype:
-        return node
-    cast = graph.call_method("to", (node, dtype))
-    if isinstance(value, Tensor):
-        cast.meta["example_value"] = value.to(dtype)
-    return cast
+    return isinstance(value, Tensor) and value.is_contiguous()

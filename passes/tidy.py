@@ -12,16 +12,18 @@ from pifa_compile.passes.plan import Context, PassResult
 
 
 def tidy(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Erase the placeholders of replaced weights and the get_attr nodes that nothing reads any more."""
-    weights = {s.weight for s in context.plan.sites if s.factors is not None}
-    dead = [
-        node
-        for node in gm.graph.nodes
-        if not node.users and (node in weights or (node.op == "get_attr" and str(node.target).startswith("pifa_")))
-    ]
-    for node in dead:
-        gm.graph.erase_node(node)
+    """Erase placeholders and transposes of replaced weights, and get_attr nodes of factors, that nothing reads."""
+    replaced = [s for s in context.plan.sites if s.factors is not None]
+    ours = {node for s in replaced for node in (s.weight, s.row_order, *s.through)}
+    for inner, outer in ((s.inner, s) for s in replaced if s.inner is not None):
+        ours |= {inner.node, inner.weight, inner.bias, outer.bias, *inner.through}
+    ours |= {node for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).startswith("pifa_")}
+    dead = 0
+    for node in reversed(list(gm.graph.nodes)):
+        if node in ours and not node.users:
+            gm.graph.erase_node(node)
+            dead += 1
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     for name in [n for n, _ in gm.named_buffers() if n.startswith("pifa_") and n not in read]:
         delattr(gm, name)
-    return PassResult(len(weights), len(dead))
+    return PassResult(len(ours), dead)

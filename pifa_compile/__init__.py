@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pifa_compile.dryrun import DryRun, dry_run
     from pifa_compile.errors import PifaError
     from pifa_compile.factors import PairFactors, PifaFactors
+    from pifa_compile.modules import PifaLinear
+    from pifa_compile.prepare import apply_, load, restore_
     from pifa_compile.recipes import Recipe, Svd, recipe_from_json
     from pifa_compile.store import Store
 
@@ -28,12 +30,16 @@ _HOME = {
     "Store": "store",
     "Svd": "recipes",
     "compress": "compression",
+    "apply_": "prepare",
     "dry_run": "dryrun",
+    "load": "prepare",
     "pifa": "backend",
     "recipe_from_json": "recipes",
+    "restore_": "prepare",
+    "PifaLinear": "modules",
 }
 
-__all__ = [  # noqa: RUF022 - data, verbs
+__all__ = [
     "CompressionReport",
     "DryRun",
     "PairFactors",
@@ -42,9 +48,13 @@ __all__ = [  # noqa: RUF022 - data, verbs
     "Recipe",
     "Store",
     "Svd",
+    "PifaLinear",
+    "apply_",
     "compress",
     "dry_run",
+    "load",
     "pifa",
+    "restore_",
     "recipe_from_json",
 ]
 

@@ -7,7 +7,9 @@ underscore from torch; when a torch release moves one, this file is the only one
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,10 +50,19 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
 
 
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
-    """Add ``tag`` to the key of both compile caches while the context is entered; a user's own tag stays in it."""
-    mine = f"{torch.compiler.config.cache_key_tag}{tag}"
-    patched: AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=mine)  # type: ignore[attr-defined]
+    """Have ``tag`` in the key of both compile caches while the context is entered; a user's own tag stays in it."""
+    patched: AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=_with_tag(tag))  # type: ignore[attr-defined]
     return patched
+
+
+def add_cache_key_tag(tag: str) -> None:
+    """Have ``tag`` in the key of both compile caches from now on."""
+    torch.compiler.config.cache_key_tag = _with_tag(tag)
+
+
+def _with_tag(tag: str) -> str:
+    present = torch.compiler.config.cache_key_tag
+    return present if tag in present else f"{present}{tag}"
 
 
 def name_lifted_buffer(gm: fx.GraphModule, name: str) -> None:
@@ -83,6 +94,15 @@ def dotted(source: str) -> str:
     return ".".join(w for w in words if w not in ("_modules", "_parameters", "_buffers")) or text
 
 
+def innermost_module(node: fx.Node) -> str:
+    """The class name of the module whose forward made the node; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    _, kind = list(stack.values())[-1]
+    return kind.rsplit(".", 1)[-1] if isinstance(kind, str) else str(kind.__name__)
+
+
 def compile_id() -> str:
     """The number of the graph being compiled, as torch's own logs print it (``frame/recompile``), e.g. ``0_0``."""
     from torch._guards import CompileContext
@@ -101,6 +121,29 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 def linear_function() -> Callable[..., Tensor]:
     """The function that ``torch.nn.functional.linear`` is in a Dynamo graph."""
     return torch._C._nn.linear
+
+
+def grouped_products() -> tuple[Callable[..., Any], ...]:
+    """The functions that multiply groups of tokens with stacks of weights (experts), as Dynamo graphs show them."""
+    candidates = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
+    return tuple(function for function in candidates if function is not None)
+
+
+def own_frame(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls ``model``, with a code object of its own.
+
+    Dynamo keeps compiled code, and its limit of recompilations, by code object: two variants of one model compiled
+    through functions of their own do not count against each other.
+    """
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        return model(*args, **keywords)
+
+    code = forward.__code__.replace(co_name=f"forward_{next(_FRAMES)}")
+    return types.FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+
+
+_FRAMES = itertools.count()
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -153,3 +196,33 @@ def tracing() -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype as an attribute of torch: ``float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def guard_identity(placeholder: fx.Node) -> None:
+    """Have Dynamo recompile when the placeholder's value is another object; only while Dynamo is compiling."""
+    from torch._dynamo.guards import GuardBuilder
+
+    _add_guard(placeholder, GuardBuilder.ID_MATCH)
+
+
+def guard_condition(placeholder: fx.Node, holds: Callable[[], bool]) -> None:
+    """Have Dynamo recompile when ``holds()`` is False; it is asked before every call of the compiled frame."""
+
+    def create(builder: Any, guard: Any) -> None:
+        add = builder.guard_manager.root.add_lambda_guard
+        words = ["pifa: the weights are those that were compiled"]
+        try:
+            add(lambda _: holds(), words, None)
+        except TypeError:  # torch 2.11 takes no user stack
+            add(lambda _: holds(), words)
+
+    _add_guard(placeholder, create)
+
+
+def _add_guard(placeholder: fx.Node, create: Callable[..., None]) -> None:
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    source = getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
+    if context is not None and source is not None:
+        context.guards_context.dynamo_guards.add(source.make_guard(create))

@@ -6,11 +6,10 @@ torch.compile(model, backend="pifa", options={"density": 0.6})
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,17 +17,21 @@ from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.compression import compress_weights
+from pifa_compile.compression.pairs import PairWeight, compress_pairs
 from pifa_compile.factors import Factors
+from pifa_compile.fingerprint import cache_tag
 from pifa_compile.kernels import lowering
 from pifa_compile.layers import LinearWeight
 from pifa_compile.loaded import shared_factors
 from pifa_compile.options import Settings, resolve
 from pifa_compile.passes.detect import GRADIENT
 from pifa_compile.passes.lookup import NO_RUN
+from pifa_compile.passes.pairs import Pair, folded_bias
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite, Plan
 from pifa_compile.recipes import recipe_for
 from pifa_compile.selection import choose_run
+from pifa_compile.staleness import DenseGraph, Watch, guard, guarded
 from pifa_compile.store import LayerRecord, Run, Store
 
 log = logging.getLogger(__name__)
@@ -48,15 +51,25 @@ def pifa(
     settings = resolve(mode, options)
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, example_inputs, strict=True))
-    context = make_context(settings, values, find_run_or_compress)
+    context = make_context(settings, values, find_run_or_compress, factor_pairs)
+    dense = DenseGraph(gm)
     run_passes(gm, context)
     _tell(context)
-    remaining = set(gm.graph.find_nodes(op="placeholder"))
-    inputs = [value for node, value in values.items() if node in remaining]
+    kept = gm.graph.find_nodes(op="placeholder")
+    compiled = _compile_inner(gm, [values[node] for node in kept], settings)
+    watched = context.plan.watched(values)
+    if settings.staleness == "off" or not watched:
+        return compiled
+    watch = Watch([(_torch.placeholder_name(node), tensor) for node, tensor in watched.items()])
+    guard(list(watched), watch)
+    return guarded(compiled, dense.bind(values, kept), watch, settings.staleness)
+
+
+def _compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Callable[..., Any]:
     if settings.inner == "eager":
         return gm.forward
     lowering.register()
-    with _torch.cache_key_tag(f";pifa {source_digest()}"):
+    with _torch.cache_key_tag(cache_tag()):
         return _torch.compile_inner(gm, inputs, dict(settings.inductor))
 
 
@@ -64,6 +77,7 @@ def make_context(
     settings: Settings,
     values: Mapping[fx.Node, Any],
     find_run: Callable[[Store, Settings, Sequence[LinearSite]], Run | None],
+    factor: Callable[[Store, Sequence[Pair], Mapping[fx.Node, Any]], list[Factors]],
 ) -> Context:
     """The context of the passes over one graph; the store is opened when the first layer asks for it."""
     opened = functools.cache(lambda: Store(settings.store))
@@ -71,7 +85,22 @@ def make_context(
     def load(record: LayerRecord, like: Tensor) -> Factors:
         return shared_factors(opened(), record, like.dtype, like.device)
 
-    return Context(settings, dict(values), Plan(), lambda sites: find_run(opened(), settings, sites), load)
+    def pairs(found: Sequence[Pair]) -> list[Factors]:
+        return factor(opened(), found, values)
+
+    return Context(settings, dict(values), Plan(), lambda sites: find_run(opened(), settings, sites), load, pairs)
+
+
+def factor_pairs(store: Store, pairs: Sequence[Pair], values: Mapping[fx.Node, Any]) -> list[Factors]:
+    """Factors of the products of pairs, computed once and kept in the store, with the biases that fold into one."""
+    run = compress_pairs([PairWeight(p.outer.name, *p.matrices()) for p in pairs], store)
+    found: list[Factors] = []
+    for pair, record in zip(pairs, run, strict=True):
+        left, _ = pair.matrices()
+        biases = [None if s.bias is None else values[s.bias] for s in (pair.outer, pair.inner)]
+        factors = shared_factors(store, record, left.dtype, left.device)
+        found.append(replace(factors, bias=folded_bias(pair, *biases)))
+    return found
 
 
 def find_run(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
@@ -117,19 +146,3 @@ def _tell(context: Context) -> None:
         warnings.warn(
             f"pifa: {len(unknown)} of {len(sites)} linear layers stay dense: {unknown[0].reason}", stacklevel=2
         )
-
-
-@functools.cache
-def source_digest() -> str:
-    """A digest of this package's sources and tables: part of the key of the compile caches, which do not know them."""
-    package = Path(__file__).parent
-    folders = (package, package / "passes", package / "kernels")  # rglob does not follow the two links of a source tree
-    files = {p.relative_to(package): p for folder in folders for p in folder.rglob("*") if p.suffix in SOURCES}
-    hasher = hashlib.sha256()
-    for relative, path in sorted(files.items()):
-        hasher.update(f"{relative}\n".encode())
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()[:16]
-
-
-SOURCES = (".py", ".jinja", ".json")

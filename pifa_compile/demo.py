@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from pifa_compile import _torch
 from pifa_compile.compression import compress
 from pifa_compile.evaluation import embed, perplexity, sentence_batches, similarity, windows_of
 from pifa_compile.loading import MINILM_NAME, is_causal, load_model, minilm_folder
@@ -102,7 +103,7 @@ def run_demo(
     task = _task(model, tokenizer, text)
     store, dump = Store(out / "store"), out / "dump"
     say("compiling the dense model with Inductor")
-    compiled = {"dense": _compile(model, backend="inductor")}
+    compiled = {"dense": torch.compile(_torch.own_frame(model), dynamic=False)}
     rows = [_dense_row(model, task.quality(compiled["dense"]))]
     reports = []
     for density in densities:
@@ -111,8 +112,8 @@ def run_demo(
         reports.append(report)
         name = f"pifa {density:g}"
         say(f"compiling with backend='pifa' from run {report.run_id}")
-        options = {"store": str(store.root), "run": report.run_id, "dump": str(dump / name.replace(" ", "-"))}
-        compiled[name] = _compile(model, backend="pifa", options=options)
+        options: dict[str, Any] = {"store": str(store.root), "run": report.run_id, "dump": str(dump / name.replace(" ", "-"))}
+        compiled[name] = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
         rows.append(_row(name, report, store, task.quality(compiled[name]), rows[0]))
     say("timing")
     for row, times in zip(rows, _times(list(compiled.values()), task.inputs), strict=True):
@@ -120,15 +121,6 @@ def run_demo(
     seconds = time.perf_counter() - started
     name = model_name or MINILM_NAME
     return DemoResult(name, task.data, rows, _dense_mb(reports), store.root, dump.resolve(), seconds)
-
-
-def _compile(model: nn.Module, **settings: Any) -> Callable[..., Any]:
-    """A compiled function of its own for every variant, so that none is recompiled for another's sake."""
-
-    def forward(*args: Any, **keywords: Any) -> Any:
-        return model(*args, **keywords)
-
-    return torch.compile(forward, dynamic=False, **settings)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from pifa_compile import _torch
 from pifa_compile.backend import find_run, make_context
 from pifa_compile.compression.ranks import plan_uniform
-from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Form, numbers
+from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Factors, Form, PifaFactors, numbers
 from pifa_compile.options import Settings, resolve
+from pifa_compile.passes.pairs import Pair
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite
 from pifa_compile.passes.table import plan_rows, render_rows, render_summary
@@ -64,9 +66,8 @@ def dry_run(
     settings = resolve(None, options)
     report = DryRun()
     backend = functools.partial(_observe, report=report, settings=settings)
-    torch.compiler.reset()
     with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=dynamic)(*inputs, **keywords)
+        torch.compile(_torch.own_frame(model), backend=backend, dynamic=dynamic)(*inputs, **keywords)
     return report
 
 
@@ -80,7 +81,7 @@ def _observe(
         report.planned |= run is None and settings.density is not None
         return run
 
-    context = make_context(replace(settings, dump=None), values, find_or_plan)
+    context = make_context(replace(settings, dump=None), values, find_or_plan, _plan_pairs)
     run_passes(gm, context, dry=True)
     if context.plan.run is not None:
         report.run = context.plan.run.header.run_id
@@ -89,6 +90,16 @@ def _observe(
     report.graphs += 1
     report.rows += plan_rows(context.plan)
     return gm.forward
+
+
+def _plan_pairs(store: Store, pairs: Sequence[Pair], values: Mapping[fx.Node, Any]) -> list[Factors]:
+    """Factors without content for the products of pairs, at full rank."""
+    found: list[Factors] = []
+    for left, right in (pair.matrices() for pair in pairs):
+        (m, k), n = left.shape, right.shape[1]
+        rows, coefficients = (torch.empty(shape, dtype=left.dtype, device="meta") for shape in ((k, n), (m - k, k)))
+        found.append(PifaFactors(rows, coefficients, torch.empty(m, dtype=torch.int32, device="meta")))
+    return found
 
 
 def _plan_ranks(context: Context, settings: Settings) -> None:

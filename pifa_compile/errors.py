@@ -46,6 +46,25 @@ class InputError(PifaError, ValueError):
     """A model, text or file that a command was given and cannot use."""
 
 
+class StaleWeightError(PifaError, RuntimeError):
+    """A weight changed after it was compiled, under the policy that forbids it."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"{layer} has changed since the model was compiled from its factors; compress and compile it again, "
+            "or use options={'staleness': 'check'} to recompile by itself"
+        )
+        self.layer = layer
+
+
+class NoRunError(PifaError):
+    """No compression run of the store can be used."""
+
+    def __init__(self, store: str, runs: Sequence[str], why: str = "no run knows a weight of this model") -> None:
+        listed = "\n  ".join(runs) or "none"
+        super().__init__(f"{why}; compress it first, or name another store or run. Runs in {store}:\n  {listed}")
+
+
 class AmbiguousRunError(PifaError):
     """Several compression runs fit the model and nothing says which one is meant."""
 

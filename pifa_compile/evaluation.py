@@ -22,7 +22,8 @@ def windows_of(text: str, tokenizer: Any, length: int = 256, most: int | None = 
     count = min(ids.shape[0] // length, most or ids.shape[0])
     if count == 0:
         raise InputError(f"the text has {ids.shape[0]} tokens, less than one window of {length}; give a longer one")
-    return ids[: count * length].view(count, length)
+    windows: Tensor = ids[: count * length].view(count, length)
+    return windows
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def similarity(dense: Tensor, compressed: Tensor) -> dict[str, float]:
     them, and Spearman's rank correlation of the similarities of all pairs of sentences."""
     cosine = (dense * compressed).sum(-1)
     rows, columns = torch.triu_indices(len(dense), len(dense), 1)
-    pairs = [(e @ e.T)[rows, columns].numpy() for e in (dense, compressed)]
+    pairs = [(e @ e.T)[rows, columns].cpu().numpy() for e in (dense, compressed)]
     return {
         "mean_cosine": float(cosine.mean()),
         "worst_cosine": float(cosine.min()),

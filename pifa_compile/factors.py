@@ -10,6 +10,7 @@ Pivoting factorization: Zhao et al., ICML 2025 (arXiv 2501.19090).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -55,12 +56,14 @@ def flop_per_token(form: Form, m: int, n: int, r: int = 0) -> int:
 def rank_for_numbers(m: int, n: int, budget: float, multiple: int = 1, form: Form = "pifa") -> int:
     """The largest rank whose ``form`` keeps at most ``budget`` numbers, rounded down to ``multiple``; 0 if none does.
 
-    The count grows with r up to min(m, n), so bisection finds it.
+    The count grows with r up to min(m, n), so bisection finds it. A budget that is a whole number but for the rounding
+    of density times m n counts as that number.
     """
+    whole = math.floor(budget * (1 + 1e-12))
     low, high = 0, min(m, n)
     while low < high:
         middle = (low + high + 1) // 2
-        if numbers(form, m, n, middle) <= budget:
+        if numbers(form, m, n, middle) <= whole:
             low = middle
         else:
             high = middle - 1
@@ -77,7 +80,7 @@ def density_of_rank(m: int, n: int, r: int, form: Form = "pifa") -> float:
     return numbers(form, m, n, r) / (m * n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PifaFactors:
     """One weight in pivoted form.
 
@@ -137,8 +140,8 @@ class PifaFactors:
         return stacked[self.gather_order]
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PifaFactors:
-        """The same factors in another dtype (coefficients of a mixed form keep theirs) or on another device."""
-        mixed = self.coefficients.dtype != self.pivot_rows.dtype
+        """The same factors in another dtype or on another device; in 16 bit a mixed form keeps its coefficients'."""
+        mixed = self.coefficients.dtype != self.pivot_rows.dtype and (dtype is None or dtype.itemsize == 2)
         return replace(
             self,
             pivot_rows=self.pivot_rows.to(device=device, dtype=dtype),
@@ -148,23 +151,25 @@ class PifaFactors:
         )
 
     def validate(self, layer: str = "") -> PifaFactors:
-        """Check that shapes, dtypes and the row order fit together; returns self, raises FactorError."""
-        m, n = self.shape
-        r = self.rank
+        """Check that shapes, dtypes, the row order and the scale are possible; returns self, raises FactorError."""
+        _check_matrices(layer, pivot_rows=self.pivot_rows, coefficients=self.coefficients)
+        order = self.row_order
+        if order.dtype != torch.int32 or order.dim() != 1:
+            raise FactorError(layer, f"the row order is {order.dtype} in {order.dim()} dimensions, not int32 in one")
+        (m, n), r = self.shape, self.rank
         if self.coefficients.shape != (m - r, r):
-            raise FactorError(
-                layer, f"coefficients are {tuple(self.coefficients.shape)}, not ({m - r}, {r}), beside {r} x {n} pivot rows"
-            )
-        if self.row_order.dtype != torch.int32 or self.row_order.dim() != 1:
-            raise FactorError(layer, f"the row order is {self.row_order.dtype} in {self.row_order.dim()} dimensions, not int32 in one")
-        if not torch.equal(self.row_order.sort().values.cpu(), torch.arange(m, dtype=torch.int32)):
+            found = tuple(self.coefficients.shape)
+            raise FactorError(layer, f"coefficients are {found}, not ({m - r}, {r}), beside {r} x {n} pivot rows")
+        if not torch.equal(order.sort().values.cpu(), torch.arange(m, dtype=torch.int32)):
             raise FactorError(layer, f"the row order does not name each of the {m} output rows once")
         if self.bias is not None and self.bias.shape != (m,):
             raise FactorError(layer, f"the bias is {tuple(self.bias.shape)}, not ({m},)")
+        if not (0 < self.y_scale < math.inf and math.frexp(self.y_scale)[0] == 0.5):
+            raise FactorError(layer, f"the scale {self.y_scale} is no power of two")
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairFactors:
     """One weight as a plain low-rank pair: left (m x r) times right (r x n); bias as in PifaFactors."""
 
@@ -213,14 +218,22 @@ class PairFactors:
 
     def validate(self, layer: str = "") -> PairFactors:
         """Check that the shapes fit together; returns self, raises FactorError."""
-        if self.left.dim() != 2 or self.right.dim() != 2 or self.left.shape[1] != self.right.shape[0]:
-            raise FactorError(layer, f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} are no low-rank pair")
+        _check_matrices(layer, left=self.left, right=self.right)
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if left[1] != right[0]:
+            raise FactorError(layer, f"left {left} and right {right} are no low-rank pair")
         if self.bias is not None and self.bias.shape != (self.left.shape[0],):
             raise FactorError(layer, f"the bias is {tuple(self.bias.shape)}, not ({self.left.shape[0]},)")
         return self
 
 
 Factors = PifaFactors | PairFactors
+
+
+def _check_matrices(layer: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.dim() != 2 or not t.is_floating_point():
+            raise FactorError(layer, f"{name} is {t.dtype} in {t.dim()} dimensions, not floating point in two")
 
 
 def factors_from_tensors(tensors: dict[str, Tensor], y_scale: float = 1.0, layer: str = "") -> Factors:

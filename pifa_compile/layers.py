@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-#: "out_in": m x n as in nn.Linear; "in_out": n x m as in GPT-2's Conv1D; "conv1x1": m x n x 1 (x 1 ...) of a convolution.
+#: "out_in": m x n as in nn.Linear; "in_out": n x m as in GPT-2's Conv1D; "conv1x1": m x n x 1 ... of a convolution.
 Layout = Literal["out_in", "in_out", "conv1x1"]
 
 
@@ -36,7 +36,7 @@ class LinearWeight:
 
 def matrix_shape(parameter: Tensor, layout: Layout) -> tuple[int, int]:
     """(m, n) of the matrix that a parameter holds."""
-    rows, columns = parameter.shape[0], parameter.shape[1]
+    rows, columns = parameter.shape[0], parameter.shape[1:].numel()
     return (columns, rows) if layout == "in_out" else (rows, columns)
 
 
@@ -52,22 +52,22 @@ def layout_of(module: nn.Module) -> Layout | None:
         return "out_in"
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
         return "in_out"  # transformers.pytorch_utils.Conv1D; by name, so that transformers is not imported here
-    if isinstance(module, nn.modules.conv._ConvNd) and _is_pointwise(module):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and _is_pointwise(module):
         return "conv1x1"
     return None
 
 
-def _is_pointwise(module: nn.modules.conv._ConvNd) -> bool:
+def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     unit = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride)
     unpadded = module.padding in ("valid", "same") or all(p == 0 for p in module.padding)
-    return unit and unpadded and module.groups == 1 and not module.transposed
+    return unit and unpadded and module.groups == 1
 
 
 def linear_weights(model: nn.Module) -> Iterator[LinearWeight]:
     """Every linear weight of a model once, in module order, with the reason where it must stay dense."""
     output = output_embedding(model)
     seen: set[int] = set()
-    others = {id(p) for module in model.modules() if layout_of(module) is None for p in module.parameters(recurse=False)}
+    others = {id(p) for m in model.modules() if layout_of(m) is None for p in m.parameters(recurse=False)}
     for name, module in model.named_modules():
         layout = layout_of(module)
         if layout is None:
@@ -76,7 +76,8 @@ def linear_weights(model: nn.Module) -> Iterator[LinearWeight]:
         if weight is None or id(weight) in seen:
             continue
         seen.add(id(weight))
-        yield LinearWeight(name, weight, layout, _reason(name, weight, module is output, id(weight) in others))
+        is_output = module is output or weight is getattr(output, "weight", None)
+        yield LinearWeight(name, weight, layout, _reason(name, weight, is_output, id(weight) in others))
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
@@ -99,9 +100,17 @@ def _reason(name: str, weight: Tensor, is_output: bool, shared: bool) -> str | N
         return "output embedding, left dense by default"
     if shared:
         return "shared with a module that is no linear layer"
+    if not is_plain(weight) or weight.dim() < 2:
+        kind = f"{type(weight).__name__} of shape {tuple(weight.shape)} on {weight.device} ({weight.layout})"
+        return f"the weight is a {kind}, not a plain matrix"
     if not supported_dtype(weight.dtype):
         return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     return None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor with content: not quantized, sparse or on the meta device."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided and not weight.is_meta
 
 
 def supported_dtype(dtype: torch.dtype) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pifa_compile import _torch
-from pifa_compile.recipes import RECIPES, check_density
 from pifa_compile.errors import OptionError, RecipeError, UnknownOptionError, did_you_mean
+from pifa_compile.recipes import RECIPES, check_density
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,11 @@ class Settings:
     store       directory of the compression cache (PIFA_CACHE_DIR; default: the Hugging Face assets cache)
     skip        glob patterns of layer names that stay dense in this compilation (PIFA_SKIP, comma between)
     allow_grad  replace trainable weights although gradients are on: their gradients are then lost (PIFA_ALLOW_GRAD)
+    pairs       low-rank pairs in the graph: None takes those in float32 and float64, True also those in 16 bit, False
+                none (PIFA_PAIRS)
     dump        directory for graph dumps (PIFA_DUMP)
     inner       "inductor", or "eager" to stop after the graph passes (PIFA_INNER)
+    staleness   a weight changed after compilation: "check" (dense, then recompiled), "error", "off" (PIFA_STALENESS)
     inductor    every other key: settings of Inductor, from ``mode`` and ``options``
     """
 
@@ -34,17 +38,16 @@ class Settings:
     store: Path | None = None
     skip: tuple[str, ...] = ()
     allow_grad: bool = False
+    pairs: bool | None = None
     dump: Path | None = None
     inner: str = "inductor"
+    staleness: str = "check"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from what torch.compile hands a backend; raises OptionError, with the nearest name for an unknown key."""
-    values: dict[str, Any] = {}
-    for key, variable in _VARIABLES.items():
-        if os.environ.get(variable):
-            values[key] = _parse(key, os.environ[variable], f"{variable}={os.environ[variable]!r}")
+    """Settings from what torch.compile hands a backend; raises OptionError, with the nearest name of an unknown key."""
+    values = _from_environment(options or {})
     inductor: dict[str, Any] = _mode(mode)
     known = _torch.inductor_keys()
     for key, value in (options or {}).items():
@@ -59,6 +62,20 @@ def resolve(mode: str | None = None, options: Mapping[str, Any] | None = None) -
     if values.get("method") and not values.get("density"):
         raise OptionError(f"option method={values['method']!r} needs a density beside it")
     return Settings(**values, inductor=inductor)
+
+
+def _from_environment(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that are set and that no option overrules: a run among the options overrules a density, too."""
+    overruled = set(options)
+    if "run" in options:
+        overruled |= {"density", "method"}
+    if "density" in options or "method" in options:
+        overruled.add("run")
+    values = {}
+    for key, variable in _VARIABLES.items():
+        if os.environ.get(variable) and key not in overruled:
+            values[key] = _parse(key, os.environ[variable], f"{variable}={os.environ[variable]!r}")
+    return values
 
 
 def _mode(mode: str | None) -> dict[str, Any]:
@@ -84,7 +101,9 @@ def _text(value: Any) -> str:
 
 
 def _density(value: Any) -> float:
-    return check_density(float(value) if isinstance(value, str) and value[:1].isdigit() else value)
+    with suppress(ValueError):  # no number at all: check_density says so
+        value = float(value) if isinstance(value, str) else value
+    return check_density(value)
 
 
 def _method(value: Any) -> str:
@@ -113,10 +132,13 @@ def _flag(value: Any) -> bool:
     return words[str(value).lower()]
 
 
-def _inner(value: Any) -> str:
-    if value not in ("inductor", "eager"):
-        raise ValueError("give 'inductor' or 'eager'")
-    return str(value)
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"give {', '.join(map(repr, words[:-1]))} or {words[-1]!r}")
+        return str(value)
+
+    return parse
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -126,8 +148,10 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "store": _path,
     "skip": _patterns,
     "allow_grad": _flag,
+    "pairs": _flag,
     "dump": _path,
-    "inner": _inner,
+    "inner": _one_of("inductor", "eager"),
+    "staleness": _one_of("check", "error", "off"),
 }
 _VARIABLES = {key: "PIFA_CACHE_DIR" if key == "store" else f"PIFA_{key.upper()}" for key in _PARSERS}
 assert set(_PARSERS) | {"inductor"} == {f.name for f in fields(Settings)}

@@ -9,6 +9,7 @@ Pivots: strong rank-revealing QR (Gu and Eisenstat 1996), maximum volume (Gorein
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ ERROR_LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, 
 MAXVOL_TOLERANCE = 1.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A weight of rank r as coordinates (m x r) in an orthonormal basis (r x n) of its row space."""
 
@@ -66,19 +67,21 @@ def numerical_rank(singular_values: Tensor, m: int, n: int) -> int:
 
 def check_weight(weight: Tensor, layer: str = "") -> None:
     """Raise WeightError unless the weight is a finite, non-zero floating point matrix."""
+    shape = tuple(weight.shape)
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise WeightError(layer, f"a {weight.dtype} tensor of shape {tuple(weight.shape)}", "give a floating point matrix")
+        raise WeightError(layer, f"a {weight.dtype} tensor of shape {shape}", "give a floating point matrix")
     if not bool(torch.isfinite(weight).all()):
-        raise WeightError(layer, f"the {tuple(weight.shape)} weight has infinite or NaN entries", "repair it or skip the layer")
+        raise WeightError(layer, f"the {shape} weight has infinite or NaN entries", "repair it or skip the layer")
     if not bool(weight.any()):
-        raise WeightError(layer, f"the {tuple(weight.shape)} weight is all zeros, so its rank is 0", "skip the layer")
+        raise WeightError(layer, f"the {shape} weight is all zeros, so its rank is 0", "skip the layer")
 
 
 def svd_of(weight: Tensor, layer: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """U (m x k), S (k), Vh (k x n) of a checked weight, k = min(m, n), in float32, or float64 for a float64 weight."""
     check_weight(weight, layer)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return torch.linalg.svd(work, full_matrices=False)
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    return u, s, vh
 
 
 def low_rank_of_pair(left: Tensor, right: Tensor, layer: str = "") -> LowRank:
@@ -121,7 +124,7 @@ def maxvol_pivots(coordinates: Tensor, tolerance: float = MAXVOL_TOLERANCE) -> T
     order, c = _lu(coordinates)
     if c.numel() == 0:
         return order[:r]
-    for _ in range(2 * r + 16):  # a bound that weights seen so far stay far below; more swaps would be worth less than QR
+    for _ in range(2 * r + 16):  # weights seen so far need far fewer; more swaps than this would be worth less than QR
         i, j = divmod(int(c.abs().argmax()), r)
         pivot = float(c[i, j])
         if abs(pivot) <= tolerance:
@@ -148,18 +151,20 @@ def _lu(coordinates: Tensor) -> tuple[Tensor, Tensor]:
 def group_pivots(coordinates: Tensor, group: int) -> Tensor:
     """r rows of the coordinates (m x r) in aligned groups of ``group`` rows (m and r multiples of it).
 
-    Each step takes the group whose residual rows span the largest volume and projects them out of all others.
+    Each step takes the group whose residual rows span the largest volume and projects them out of all others. Where no
+    group adds to the span in full (equal or zero rows in each), the pivots are distinct but poor, see ``factorize``.
     """
     m, r = coordinates.shape
     if m % group or r % group:
         raise ValueError(f"aligned groups of {group} rows need m and r to be multiples of it, not m={m}, r={r}")
     residual = coordinates.double().clone()
+    lowest = torch.finfo(residual.dtype).min
     chosen: list[int] = []
     for _ in range(r // group):
         blocks = residual.view(m // group, group, r)
-        volume = torch.linalg.slogdet(blocks @ blocks.transpose(1, 2)).logabsdet
-        volume[chosen] = -torch.inf
-        best = int(volume.nan_to_num(nan=-torch.inf).argmax())
+        volume = torch.linalg.slogdet(blocks @ blocks.transpose(1, 2)).logabsdet.nan_to_num(nan=lowest, neginf=lowest)
+        volume[chosen] = -torch.inf  # below every other, also below a group without volume
+        best = int(volume.argmax())
         chosen.append(best)
         directions = torch.linalg.qr(blocks[best].T).Q
         residual -= (residual @ directions) @ directions.T
@@ -179,11 +184,14 @@ def choose_pivots(coordinates: Tensor, pivoting: str = "maxvol", group: int = 1)
 # --- factors ---------------------------------------------------------------------------------------------------------
 
 
-def pivot(low_rank: LowRank, pivots: Tensor, dtype: torch.dtype) -> tuple[PifaFactors, float]:
+def pivot(
+    low_rank: LowRank, pivots: Tensor, dtype: torch.dtype, coefficient_dtype: torch.dtype | None = None
+) -> tuple[PifaFactors, float]:
     """Factors of ``low_rank`` for the given pivot rows, stored in ``dtype``, and their relative Frobenius error.
 
     The pivot rows are rounded first; the coefficients are then the least-squares fit, in float64, of the other rows
     against the ROUNDED pivot rows. The error is measured against the low-rank weight with both roundings in it.
+    Coefficients of another dtype come with the scale of y_p that keeps it in the middle of that dtype's range.
     """
     a, v = low_rank.coordinates.double(), low_rank.basis.double()
     m = a.shape[0]
@@ -200,8 +208,11 @@ def pivot(low_rank: LowRank, pivots: Tensor, dtype: torch.dtype) -> tuple[PifaFa
     outside = change - change_inside @ v.to(small)  # what rounding put outside the row space of the weight
     outside_gram = (outside @ outside.T).double()
     inside = a_pivots + change_inside.double()  # r x r: the rounded rows within it
-    gram = inside @ inside.T + outside_gram
-    coefficients = _solve_spd(gram, inside @ a_others.T).T.to(dtype)
+    if dtype == torch.float64:  # nothing is rounded, and the gram matrix would square the condition number
+        fitted = _solve(inside.T, a_others.T)
+    else:
+        fitted = _solve_spd(inside @ inside.T + outside_gram, inside @ a_others.T)
+    coefficients = fitted.T.to(coefficient_dtype or dtype)
 
     # Rows of the basis are orthonormal and `outside` is orthogonal to them, so the squared errors add up.
     c = coefficients.double()
@@ -212,15 +223,37 @@ def pivot(low_rank: LowRank, pivots: Tensor, dtype: torch.dtype) -> tuple[PifaFa
         + ((c @ outside_gram) * c).sum()
     )
     order = torch.cat([pivots, others]).to(torch.int32)
-    return PifaFactors(pivot_rows, coefficients.contiguous(), order), float(squared.sqrt() / a.norm())
+    y_scale = 1.0 if coefficients.dtype == dtype else _scale_of(pivot_rows)
+    return PifaFactors(pivot_rows, coefficients.contiguous(), order, y_scale), float(squared.sqrt() / a.norm())
+
+
+def _scale_of(pivot_rows: Tensor) -> float:
+    """A power of two that brings y_p near 1 for x of unit size: float16 then has room for 65,000 times as much."""
+    longest = float(pivot_rows.float().norm(dim=1).max())
+    return 2.0 ** -round(math.log2(longest)) if longest > 0 else 1.0
+
+
+def _solve(square: Tensor, right: Tensor) -> Tensor:
+    """square^-1 @ right in float64, by least squares if it is singular."""
+    found: Tensor
+    found, info = torch.linalg.solve_ex(square, right)
+    if int(info) or not bool(torch.isfinite(found).all()):
+        found = torch.linalg.pinv(square) @ right
+    return found
 
 
 def _solve_spd(gram: Tensor, right: Tensor) -> Tensor:
-    """gram^-1 @ right for a symmetric positive definite float64 gram, by least squares if it is near singular."""
+    """gram^-1 @ right for a symmetric positive definite float64 gram, by least squares if it is near singular.
+
+    All NaN for a gram that is not finite: rows that overflowed in the dtype they are stored in.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        return torch.full_like(right, torch.nan)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) == 0:
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(gram, hermitian=True) @ right
+    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
+    return inverse @ right
 
 
 def pair_error(pair: PairFactors, low_rank: LowRank) -> float:
@@ -248,23 +281,32 @@ class Factorized:
 
 
 def factorize(
-    low_rank: LowRank, dtype: torch.dtype, *, pivoting: str = "maxvol", group: int = 1, form: str = "pifa"
+    low_rank: LowRank,
+    dtype: torch.dtype,
+    *,
+    pivoting: str = "maxvol",
+    group: int = 1,
+    form: str = "pifa",
+    coefficients: str = "same",
 ) -> Factorized:
     """Factors of a low-rank weight in ``dtype``: as asked for, else by QR pivoting, else as the pair.
 
     The next one is tried when the error of the stored factors exceeds ERROR_LIMITS (three times that for aligned
-    groups, whose pivots are less free). ``form="pair"`` asks for the plain pair.
+    groups, whose pivots are less free). ``form="pair"`` asks for the plain pair; ``coefficients="float16"`` for
+    coefficients, and y_p, in float16 where ``dtype`` is bfloat16.
     """
+    mixed = torch.float16 if coefficients == "float16" and dtype == torch.bfloat16 else None
     pair = low_rank.pair(dtype)
     if form == "pair":
         return Factorized(pair, pair_error(pair, low_rank), "none")
     attempts = [(pivoting, group)] + ([("qr", 1)] if (pivoting, group) != ("qr", 1) else [])
     smallest = float("inf")
     for name, rows in attempts:
-        factors, error = pivot(low_rank, choose_pivots(low_rank.coordinates, name, rows), dtype)
+        factors, error = pivot(low_rank, choose_pivots(low_rank.coordinates, name, rows), dtype, mixed)
         label = name if rows == 1 else f"groups of {rows}"
         if error <= ERROR_LIMITS[dtype] * (3 if rows > 1 else 1):
             return Factorized(factors, error, label)
         smallest = min(smallest, error)
-    reason = f"kept as a pair: pivoted factors in {dtype} have a relative error of {smallest:.1e}, above {ERROR_LIMITS[dtype]:.1e}"
+    found = f"pivoted factors in {dtype} have a relative error of {smallest:.1e}"
+    reason = f"kept as a pair: {found}, above {ERROR_LIMITS[dtype]:.1e}"
     return Factorized(pair, pair_error(pair, low_rank), "none", reason)

@@ -27,7 +27,8 @@ class CompressionReport:
         """The figures of the run, and the density of the whole model beside that of its replaced layers."""
         facts = run_summary(self.run)
         kept = self.model_numbers - facts["numbers_before"] + facts["numbers_after"]
-        return facts | {"model_numbers": self.model_numbers, "model_density": kept / self.model_numbers, "store": str(self.store)}
+        whole = {"model_numbers": self.model_numbers, "model_density": kept / self.model_numbers}
+        return facts | whole | {"store": str(self.store)}
 
     def __str__(self) -> str:
         facts = self.summary()
@@ -69,11 +70,12 @@ def render_run(run: Run, sort: str | None = None) -> str:
     layers = sorted(run.layers, key=_SORT_KEYS[sort]) if sort else list(run.layers)
     headers = ["layer", "m x n", "form", "rank", "kept", "density", "truncation", "rounding", "why not"]
     align = ["left", "left", "left", *["right"] * 5, "left"]
-    table = tabulate([_row(r) for r in layers], headers, "simple", disable_numparse=True, colalign=align if layers else None)
+    colalign = align if layers else None
+    table = tabulate([_row(r) for r in layers], headers, "simple", disable_numparse=True, colalign=colalign)
     facts = run_summary(run)
-    density = "" if facts["density"] is None else f" keep {facts['density']:.4f} of their {facts['numbers_before']:,} numbers"
+    share = f" keep {facts['density']:.4f} of their {facts['numbers_before']:,} numbers" if facts["replaced"] else ""
     state = "" if run.complete else f" (unfinished: {len(run.layers)} of {run.header.layers_planned} layers)"
-    line = f"run {facts['run']}{state}: {facts['replaced']} of {facts['layers']} linear layers replaced{density}"
+    line = f"run {facts['run']}{state}: {facts['replaced']} of {facts['layers']} linear layers replaced{share}"
     return f"{table}\n\n{line}, {facts['bytes'] / 1e6:.1f} MB, {facts['seconds']:.1f} s"
 
 
@@ -81,5 +83,6 @@ def _row(r: LayerRecord) -> list[str]:
     m, n = r.shape
     if r.object is None:
         return [r.name, f"{m} x {n}", "dense", "", f"{m * n:,}", "1.000", "", "", r.reason or ""]
-    figures = [f"{x:.1e}" if x is not None else "" for x in (r.truncation, r.error)]
-    return [r.name, f"{m} x {n}", r.form, str(r.rank), f"{r.numbers:,}", f"{r.numbers / (m * n):.3f}", *figures, r.reason or ""]
+    size = [f"{r.numbers:,}", f"{r.numbers / (m * n):.3f}"]
+    errors = [f"{x:.1e}" if x is not None else "" for x in (r.truncation, r.error)]
+    return [r.name, f"{m} x {n}", r.form, str(r.rank), *size, *errors, r.reason or ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -49,7 +50,7 @@ def quantize_(model: nn.Module, rank: int) -> nn.Module:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return float((a.detach().double() - b.double()).norm() / b.detach().double().norm())
 
 
 def counts() -> dict[str, int]:
@@ -81,13 +82,13 @@ def test_an_exactly_low_rank_mlp_gives_the_dense_outputs_at_any_batch(root, bias
     model = truncate_(Mlp(bias=bias))
     report = pifa_compile.compress(model, Svd(density=0.9), progress=False)
     assert [record.rank for record in report.run.layers] == [16, 16]  # the true ranks, not those that 0.9 would allow
+    oracle = copy.deepcopy(model).double()
     compiled = torch.compile(model, backend="pifa", fullgraph=True)
     for shape in [(1, 64), (5, 64), (17, 64), (2, 3, 64)]:
         x = torch.randn(shape)
         with guard():
             y = compiled(x)
-        assert relative(y, model.double()(x.double())) < 1e-5
-        model.float()
+        assert relative(y, oracle(x.double())) < 1e-5
     assert counters["pifa"]["replaced"] == counters["pifa"]["matched"] > 0
 
 
@@ -120,16 +121,18 @@ def test_minilm_with_its_pooler(root):
     model, tokenizer = load_model(minilm_folder())
     truncate_(model, 0.2)
     pifa_compile.compress(model, Svd(density=0.9), progress=False)
+    oracle = copy.deepcopy(model).double()
     compiled = torch.compile(model, backend="pifa", dynamic=True)
     sentences = ["A short one.", "Another sentence that is a little longer than the first one was.", "Third."]
-    for size in (1, 3):
+    for size in (2, 3, 1):
         inputs = tokenizer(sentences[:size], return_tensors="pt", padding=True)
         with torch.no_grad():
-            ours, exact = compiled(**inputs), model.double()(**inputs)
-        model.float()
+            ours, exact = compiled(**inputs), oracle(**inputs)
         assert relative(ours.last_hidden_state, exact.last_hidden_state) < 1e-5
         assert relative(ours.pooler_output, exact.pooler_output) < 1e-5
-    assert counts() == {"matched": 37, "replaced": 37, "skipped": 0} or counts()["replaced"] == 74
+    assert counters["stats"]["unique_graphs"] == 2  # torch makes one of its own for a batch of one
+    # Dynamo may hand a graph to its backend a second time (it restarts to make a scalar a tensor).
+    assert counts() in [{"matched": 37 * k, "replaced": 37 * k, "skipped": 0} for k in (2, 3)]
 
 
 def test_a_llama_with_grouped_queries_and_a_tied_head(root):

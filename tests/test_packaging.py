@@ -23,7 +23,7 @@ ROOMS = (
     {"pifa_compile", "pifa_compile.__main__"},
     {"pifa_compile.cli", "pifa_compile.hf"},
     {"pifa_compile.demo"},
-    {"pifa_compile.evaluation", "pifa_compile.texts", "pifa_compile.loading"},
+    {"pifa_compile.prepare", "pifa_compile.evaluation", "pifa_compile.texts", "pifa_compile.loading", "pifa_compile.checkpoint"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
     {"pifa_compile.compression"},
@@ -36,7 +36,7 @@ ROOMS = (
     {"pifa_compile.recipes"},
     {"pifa_compile.pivoting"},
     {"pifa_compile.factors", "pifa_compile.digest", "pifa_compile.layers"},
-    {"pifa_compile.errors", "pifa_compile._torch"},
+    {"pifa_compile.errors", "pifa_compile._torch", "pifa_compile.fingerprint"},
 )
 
 # Underscored, but documented by torch as public.

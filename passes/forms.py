@@ -1,0 +1,253 @@
+"""The forms in which a linear layer stands in a Dynamo graph, each recognised by one small function.
+
+m = out_features, n = in_features.
+
+    linear(x, W, b)            addmm(b, x, W.t())       matmul(x, W.T), x @ W.T, mm        einsum("bsi,oi->bso", x, W)
+    conv1d/2d/3d(x, W, b) with a kernel of one point: a linear layer over the channels
+
+W may be a parameter or its transpose (t(), T, mT, transpose, permute); GPT-2's Conv1D is an addmm with W as n x m.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pifa_compile import _torch
+from pifa_compile.layers import Layout
+from pifa_compile.passes.plan import argument
+
+
+@dataclass(frozen=True)
+class Match:
+    """A call that is a linear layer, or would be one but for ``reason``.
+
+    x        the activations; weight: what is given as the weight (a placeholder, or a node that views or computes one)
+    through  the nodes between the placeholder and the call (transposes)
+    channel  the dimension of x that is contracted, counted from the end (-1 but for convolutions)
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None = None
+    layout: Layout = "out_in"
+    through: tuple[fx.Node, ...] = ()
+    channel: int = -1
+    reason: str | None = None
+
+
+def match_linear(node: fx.Node) -> Match | None:
+    """The linear layer that a call is, or None if it is none (or has no parameter to replace)."""
+    recognise = _FORMS.get(_target(node))
+    return recognise(node) if recognise is not None else None
+
+
+def _target(node: fx.Node) -> Any:
+    if node.op == "call_method":
+        return str(node.target)
+    return node.target if node.op == "call_function" else None
+
+
+# --- one recogniser per form -----------------------------------------------------------------------------------------
+
+
+def _linear(node: fx.Node) -> Match | None:
+    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    if x is None or weight is None:
+        return None
+    return _with_weight(x, weight, argument(node, 2, "bias"), transposed=True)
+
+
+def _matmul(node: fx.Node) -> Match | None:
+    x, weight = argument(node, 0, "input"), argument(node, 1, "other") or argument(node, 1, "mat2")
+    if x is None or weight is None:
+        return None
+    if _rooted_in_parameter(weight):
+        return _with_weight(x, weight, None, transposed=False)
+    if _rooted_in_parameter(x):
+        return Match(weight, _base(x)[0], reason="the weight stands on the left of the product")
+    return None
+
+
+def _addmm(node: fx.Node) -> Match | None:
+    bias, x, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
+    if bias is None or x is None or weight is None or not _rooted_in_parameter(weight):
+        return None
+    match = _with_weight(x, weight, bias, transposed=False)
+    scales = [node.kwargs.get(key, 1) for key in ("beta", "alpha")]
+    if scales != [1, 1]:
+        return _because(match, f"addmm with beta {scales[0]} and alpha {scales[1]}")
+    value = _torch.fake_value(bias)
+    if isinstance(value, Tensor) and value.dim() != 1:
+        return _because(match, f"addmm onto a matrix of shape {tuple(value.shape)}, not a bias")
+    return match
+
+
+def _einsum(node: fx.Node) -> Match | None:
+    operands = [a for arg in node.args[1:] for a in (arg if isinstance(arg, tuple | list) else (arg,))]
+    weights = [a for a in operands if isinstance(a, fx.Node) and _rooted_in_parameter(a)]
+    if not weights or not isinstance(node.args[0], str):
+        return None
+    weight = weights[0]
+    others = [a for a in operands if a is not weight]
+    x = next((a for a in others if isinstance(a, fx.Node)), weight)
+    transposed = _einsum_transposed(node.args[0], operands.index(weight)) if len(operands) == 2 else None
+    if transposed is None or x is weight:
+        reason = f"einsum {node.args[0]!r} is no linear layer over the last dimension"
+        return _because(_with_weight(x, weight, None, transposed=True), reason)
+    return _with_weight(x, weight, None, transposed=transposed)
+
+
+def _einsum_transposed(equation: str, position: int) -> bool | None:
+    """Whether the weight stands as m x n (True) or n x m (False) in a two-operand equation; None if neither."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if not arrow or len(parts) != 2:
+        return None
+    weight, x = parts[position], parts[1 - position]
+    letters = x.replace(".", "")
+    if len(weight) != 2 or "." in weight or len(set(letters)) != len(letters):
+        return None
+    for inner, outer, transposed in ((weight[1], weight[0], True), (weight[0], weight[1], False)):
+        if x.endswith(inner) and output == x[:-1] + outer and outer not in x and inner != outer:
+            return transposed
+    return None
+
+
+def _convolution(node: fx.Node) -> Match | None:
+    x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+    value = _torch.fake_value(weight) if weight is not None else None
+    if x is None or weight is None or not isinstance(value, Tensor) or any(k != 1 for k in value.shape[2:]):
+        return None
+    match = Match(x, _base(weight)[0], bias, "conv1x1", _base(weight)[1], channel=1 - value.dim())
+    names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
+    given = [node.args[i + 3] if len(node.args) > i + 3 else node.kwargs.get(n) for i, n in enumerate(names)]
+    stride, padding, _, groups = (d if g is None else g for g, d in zip(given, defaults, strict=True))
+    for what, found, wanted in (("stride", stride, 1), ("padding", padding, 0), ("groups", groups, 1)):
+        if any(f != wanted for f in (found if isinstance(found, tuple | list) else (found,))) and found != "valid":
+            return _because(match, f"1x1 convolution with {what} {found}")
+    return match
+
+
+def _batched(node: fx.Node) -> Match | None:
+    """Products with a stack of matrices: found so that the reason is told, never replaced."""
+    for weight in node.all_input_nodes:
+        base, _ = _base(weight)
+        if isinstance(value := _parameter(base), Tensor) and value.dim() > 2:
+            x = next((a for a in node.all_input_nodes if a is not weight), weight)
+            return Match(
+                x, base, reason=f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
+            )
+    return None
+
+
+_FORMS: dict[Any, Callable[[fx.Node], Match | None]] = {
+    _torch.linear_function(): _linear,
+    torch.matmul: _matmul,
+    operator.matmul: _matmul,
+    torch.mm: _matmul,
+    "matmul": _matmul,
+    "mm": _matmul,
+    torch.addmm: _addmm,
+    "addmm": _addmm,
+    torch.functional.einsum: _einsum,
+    torch.einsum: _einsum,
+    torch.conv1d: _convolution,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
+    torch.bmm: _batched,
+    torch.baddbmm: _batched,
+    "bmm": _batched,
+}
+_FORMS |= {function: _batched for function in _torch.grouped_products()}
+
+
+# --- what is given as the weight -------------------------------------------------------------------------------------
+
+
+def _with_weight(x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, transposed: bool) -> Match:
+    """A match for y = x @ weight.T (``transposed``) or x @ weight, looking through transposes of the parameter."""
+    base, through = _base(weight)
+    value = _torch.fake_value(base)
+    if isinstance(value, Tensor) and value.dim() > 2:
+        what = f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
+        return Match(x, base, bias, reason=what)
+    as_given = transposed if len(through) % 2 == 0 else not transposed
+    return Match(x, base, bias, "out_in" if as_given else "in_out", through)
+
+
+def _base(weight: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The node behind transposes of a matrix, and those transposes."""
+    through: list[fx.Node] = []
+    while (inner := _transposed(weight)) is not None:
+        through.append(weight)
+        weight = inner
+    return weight, tuple(through)
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """What a node is the matrix transpose of, or None."""
+    value = _torch.fake_value(node)
+    if (
+        not node.args
+        or not isinstance(inner := node.args[0], fx.Node)
+        or not isinstance(value, Tensor)
+        or value.dim() != 2
+    ):
+        return None
+    rest = node.args[1:]
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if target in ("t", "numpy_T", "adjoint") and not rest:
+        return inner
+    if target == "getattr" and rest in (("T",), ("mT",)):
+        return inner
+    if target in ("transpose", "swapaxes", "swapdims") and sorted(d % 2 for d in rest if isinstance(d, int)) == [0, 1]:
+        return inner
+    flat = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+    if target == "permute" and [d % 2 for d in flat if isinstance(d, int)] == [1, 0]:
+        return inner
+    return None
+
+
+def _rooted_in_parameter(node: fx.Node) -> bool:
+    """Whether the node is a parameter or made from one by views alone, so that a reader would call it a weight."""
+    base = node
+    while base.op != "placeholder" and base.args and isinstance(base.args[0], fx.Node) and _is_view(base):
+        base = base.args[0]
+    return _parameter(base) is not None
+
+
+_VIEWS = ("t", "getattr", "transpose", "permute", "getitem", "chunk", "split", "narrow", "view", "reshape", "unbind")
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _VIEWS
+
+
+def _parameter(node: fx.Node) -> Tensor | None:
+    """The fake value of a placeholder that holds a parameter, else None."""
+    value = _torch.fake_value(node)
+    return value if node.op == "placeholder" and isinstance(value, nn.Parameter) else None
+
+
+def view_of_parameter(node: fx.Node) -> str:
+    """What a weight that is no placeholder is, in words."""
+    if node.op == "get_attr":
+        return "the weight is a constant of the graph, not a parameter"
+    if node.op == "placeholder" or not _rooted_in_parameter(node):
+        return f"the weight is computed in the graph ({node.name}), not a parameter"
+    base = node
+    while base.op != "placeholder" and isinstance(base.args[0], fx.Node):
+        base = base.args[0]
+    name = _torch.placeholder_name(base)
+    return f"the weight is a part or view of the parameter {name}, not the whole of it"
+
+
+def _because(match: Match, reason: str) -> Match:
+    return Match(match.x, match.weight, match.bias, match.layout, match.through, match.channel, match.reason or reason)

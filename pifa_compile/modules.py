@@ -1,0 +1,184 @@
+"""``PifaLinear``: a linear layer that owns its factors and has no dense weight.
+
+m = out_features, n = in_features, r = rank. Importing this module registers the lowering of ``pifa::linear`` with
+Inductor and adds the fingerprint of our sources to the key of the compile caches, so that a prepared model also
+compiles well with torch's own backend.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pifa_compile import _torch
+from pifa_compile.factors import Factors, PairFactors, PifaFactors
+from pifa_compile.fingerprint import cache_tag
+from pifa_compile.kernels import lowering
+from pifa_compile.kernels.op import gather_order, linear, two_linears
+from pifa_compile.layers import Layout
+
+lowering.register()
+_torch.add_cache_key_tag(cache_tag())
+
+
+class PifaLinear(nn.Module):
+    """y = x W^T + b for a weight W (m x n) of rank r kept as pivot rows, coefficients and row order.
+
+    pivot_rows    parameter, r x n
+    coefficients  parameter, (m-r) x r
+    row_order     buffer, m int32: entry i is the output row of position i in [pivots, others]
+    bias          parameter, m, or None
+    channel       the dimension of x that holds the features, from the end: -1, or that of a convolution's channels
+    """
+
+    pivot_rows: nn.Parameter
+    coefficients: nn.Parameter
+    row_order: Tensor
+    gather_order: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        factors: PifaFactors,
+        bias: Tensor | None = None,
+        *,
+        layout: Layout = "out_in",
+        channel: int = -1,
+        requires_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout: Layout = layout
+        self.channel = channel
+        self._y_exponent = round(math.log2(factors.y_scale))  # Dynamo takes an int as a constant, a float as an input
+        self.pivot_rows = nn.Parameter(factors.pivot_rows, requires_grad)
+        self.coefficients = nn.Parameter(factors.coefficients, requires_grad)
+        self.register_buffer("row_order", factors.row_order)
+        self.register_buffer("gather_order", factors.gather_order, persistent=False)
+        given = factors.bias if factors.bias is not None else bias
+        self.bias = _parameter(given, requires_grad)
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+
+    @property
+    def in_features(self) -> int:
+        return self.pivot_rows.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.row_order.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.pivot_rows.shape[0]
+
+    @property
+    def y_scale(self) -> float:
+        return 2.0**self._y_exponent
+
+    def factors(self) -> PifaFactors:
+        """The layer's factors, sharing memory with it."""
+        return PifaFactors(self.pivot_rows.data, self.coefficients.data, self.row_order, self.y_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
+        if self.channel != -1:
+            y = self._apply_factors(x.movedim(self.channel, -1)).movedim(-1, self.channel)
+            return y.contiguous() if x.is_contiguous() else y
+        return self._apply_factors(x)
+
+    def _apply_factors(self, x: Tensor) -> Tensor:
+        plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
+        if torch.compiler.is_compiling() or not plain:
+            # One node for passes and lowerings; and under autocast, or for a wrong dtype, the operator's own rules.
+            y: Tensor = linear(x, self.pivot_rows, self.coefficients, self.row_order, self.bias, self.y_scale)
+            return y
+        y = two_linears(x, self.pivot_rows, self.coefficients, self.y_scale).index_select(-1, self.gather_order)
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PifaLinear:
+        """As nn.Module does for to(), half() and cuda(); between 16-bit dtypes a mixed form keeps its coefficients."""
+        mixed, coefficients = self.coefficients.dtype != self.pivot_rows.dtype, self.coefficients.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if mixed and self.pivot_rows.dtype.itemsize == 2:
+            self.coefficients.data = coefficients.to(self.pivot_rows.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class PairLinear(nn.Module):
+    """y = x (left right)^T + b, a layer that is kept as a plain low-rank pair: left m x r, right r x n."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        factors: PairFactors,
+        bias: Tensor | None = None,
+        *,
+        layout: Layout = "out_in",
+        channel: int = -1,
+        requires_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout: Layout = layout
+        self.channel = channel
+        self.left = nn.Parameter(factors.left, requires_grad)
+        self.right = nn.Parameter(factors.right, requires_grad)
+        self.bias = _parameter(factors.bias if factors.bias is not None else bias, requires_grad)
+
+    @property
+    def in_features(self) -> int:
+        return self.right.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+    def factors(self) -> PairFactors:
+        """The layer's factors, sharing memory with it."""
+        return PairFactors(self.left.data, self.right.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
+        if self.channel == -1:
+            return F.linear(F.linear(x, self.right), self.left, self.bias)
+        y = F.linear(F.linear(x.movedim(self.channel, -1), self.right), self.left, self.bias)
+        y = y.movedim(-1, self.channel)
+        return y.contiguous() if x.is_contiguous() else y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+FactoredLinear = PifaLinear | PairLinear
+
+
+def factored_module(
+    factors: Factors, bias: Tensor | None, *, layout: Layout = "out_in", channel: int = -1, requires_grad: bool = False
+) -> FactoredLinear:
+    """The module for factors of either form."""
+    settings: dict[str, Any] = {"layout": layout, "channel": channel, "requires_grad": requires_grad}
+    if isinstance(factors, PairFactors):
+        return PairLinear(factors, bias, **settings)
+    return PifaLinear(factors, bias, **settings)
+
+
+def _parameter(tensor: Tensor | None, requires_grad: bool) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad)
+
+
+def _refresh(module: nn.Module, _: Any) -> None:
+    """The gather order follows a row order that was loaded."""
+    if isinstance(module, PifaLinear) and not module.row_order.is_meta:
+        module.gather_order = gather_order(module.row_order)

@@ -1,0 +1,215 @@
+"""Prepared models: linear layers that own factors in place of dense weights, so that memory really goes down.
+
+apply_(model)      a model in memory: its linear layers become PifaLinear, the dense weights are let go
+load(path)         a checkpoint and the store: dense weights of replaced layers are never made
+restore_(model)    dense again, from the factors (C P, not the original weights)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from pifa_compile import _torch
+from pifa_compile.checkpoint import checkpoint_files, read_into
+from pifa_compile.digest import digest_many
+from pifa_compile.errors import InputError, NoRunError
+from pifa_compile.layers import LinearWeight, linear_weights
+from pifa_compile.loaded import shared_factors
+from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, factored_module
+from pifa_compile.options import Settings, resolve
+from pifa_compile.selection import choose_run, describe
+from pifa_compile.store import LayerRecord, Run, Store
+
+StorePath = Store | str | os.PathLike[str] | None
+
+
+def apply_(
+    model: nn.Module,
+    *,
+    run: str | None = None,
+    density: float | None = None,
+    method: str | None = None,
+    store: StorePath = None,
+    trainable: bool = False,
+) -> nn.Module:
+    """Replace the linear layers of a model, in place, by the factors of one run; returns the model.
+
+    run, density, method   which run of the store, as in the backend's options; the only one that fits by default
+    trainable              whether the factors require gradients
+
+    Weights are recognised by content. Raises NoRunError if no run fits and AmbiguousRunError if several do.
+    """
+    opened, settings = _store_and_settings(store, run, density, method)
+    weights = [w for w in linear_weights(model) if w.reason is None]
+    digests = digest_many([w.parameter.detach() for w in weights])
+    chosen = choose_run(opened, digests, settings)
+    known = {} if chosen is None else {w.name: chosen.by_digest.get(d) for w, d in zip(weights, digests, strict=True)}
+    if chosen is None or not any(known.values()):
+        raise NoRunError(str(opened.root), [describe(r) for r in opened.runs()])
+    by_parameter = {id(w.parameter): (w, known[w.name]) for w in weights}
+    for name, module in list(model.named_modules()):
+        weight, record = by_parameter.get(id(module._parameters.get("weight")), (None, None))
+        if weight is not None and record is not None and record.object is not None and record.layout == weight.layout:
+            factors = shared_factors(opened, record, weight.parameter.dtype, weight.parameter.device)
+            bias = module._parameters.get("bias")
+            made = factored_module(
+                factors, bias, layout=weight.layout, channel=_channel(weight), requires_grad=trainable
+            )
+            _set_module(model, name, made.train(module.training))
+    return model
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    run: str | None = None,
+    store: StorePath = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> nn.Module:
+    """A Hugging Face checkpoint (directory or id) with the factors of a run, ready to use and in eval mode.
+
+    run      id of the run, or its beginning; by default the only run made of a model of this name
+    dtype    of the model; default: the checkpoint's own
+    verify   digest every replaced weight, one at a time, and refuse a run that belongs to other weights
+
+    Dense weights of replaced layers are never made: the model is built without memory, factors come from the store, and
+    the rest from the checkpoint's files.
+    """
+    opened = _open(store)
+    chosen = opened.run(run) if run is not None else _run_of(opened, str(source))
+    records = {r.name: r for r in chosen.layers if r.object is not None}
+    model = empty_model(source, dtype)
+    wanted = next(model.parameters()).dtype
+    layers = {w.name: w for w in linear_weights(model)}
+    missing = sorted(set(records) - set(layers))
+    if missing:
+        raise InputError(
+            f"run {chosen.run_id} has layers that {type(model).__name__} has not: {', '.join(missing[:5])}"
+        )
+    for name, record in records.items():
+        module = model.get_submodule(name)
+        factors = shared_factors(opened, record, wanted, torch.device(device))
+        bias = module._parameters.get("bias")
+        made = factored_module(factors, bias, layout=layers[name].layout, channel=_channel(layers[name]))
+        _set_module(model, name, made)
+    dense = {f"{name}.weight": record for name, record in records.items()}
+    read_into(model, checkpoint_files(source), device, lambda key, t: _check(dense[key], t, verify), skip=set(dense))
+    return model.to(device).eval()
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Replace every factored layer, in place, by a dense one with the weight that its factors stand for (C P)."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PifaLinear | PairLinear):
+            _set_module(model, name, _dense_module(module).train(module.training))
+    return model
+
+
+def empty_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that a checkpoint's config describes, with parameters on the meta device; raises InputError."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {source}: {str(error).strip().splitlines()[0]}") from error
+    architecture = (config.architectures or ["AutoModel"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise InputError(f"{source}: this transformers release has no class {architecture}")
+    own = getattr(torch, own) if isinstance(own := getattr(config, "dtype", None), str) else own
+    with without_memory():
+        model: nn.Module = kind(config)
+    return model.to(dtype or own or torch.float32)
+
+
+def _store_and_settings(
+    store: StorePath, run: str | None, density: float | None, method: str | None
+) -> tuple[Store, Settings]:
+    given = {"run": run, "density": density, "method": method}
+    settings = resolve(None, {key: value for key, value in given.items() if value is not None})
+    return (Store(settings.store) if store is None else _open(store)), settings
+
+
+def _open(store: StorePath) -> Store:
+    return store if isinstance(store, Store) else Store(None if store is None else Path(store))
+
+
+def _run_of(store: Store, source: str) -> Run:
+    fitting = [r for r in store.runs() if r.complete and r.header.model == source]
+    if len(fitting) != 1:
+        raise NoRunError(
+            str(store.root), [describe(r) for r in store.runs()], f"{len(fitting)} runs were made of {source!r}"
+        )
+    return fitting[0]
+
+
+def _channel(weight: LinearWeight) -> int:
+    return 1 - weight.parameter.dim() if weight.layout == "conv1x1" else -1
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    if not name:
+        raise InputError("the model itself is a linear layer; put it into a module, e.g. torch.nn.Sequential(model)")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _check(record: LayerRecord, dense: Tensor, verify: bool) -> None:
+    """Raise unless the checkpoint's weight is the one (or a cast of the one) that was compressed."""
+    if not verify:
+        return
+    known = set(record.digests.values())
+    if digest_many([dense])[0] not in known:
+        raise InputError(f"{record.name}: the checkpoint's weight is not the one that was compressed; name another run")
+
+
+def _dense_module(module: FactoredLinear) -> nn.Module:
+    """The dense layer of the kind that was replaced."""
+    dtype = module.factors().dtype
+    matrix = module.factors().weight().to(dtype)
+    m, n = matrix.shape
+    made: nn.Module
+    if module.layout == "conv1x1":
+        dimensions = -module.channel - 1
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        made = kind(n, m, 1, bias=module.bias is not None, device="meta", dtype=dtype)
+        matrix = matrix.view(m, n, *[1] * dimensions)
+    elif module.layout == "in_out":
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            made = Conv1D(m, n)
+        matrix = matrix.T.contiguous()
+    else:
+        made = nn.Linear(n, m, bias=module.bias is not None, device="meta", dtype=dtype)
+    made.weight = nn.Parameter(matrix, requires_grad=next(module.parameters()).requires_grad)
+    made.bias = module.bias
+    return made
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device; buffers (rotary tables ...) are real."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        original(self, name, parameter)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.Module, "register_parameter", register))
+        for kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            stack.enter_context(mock.patch.object(kind, "reset_parameters", lambda self: None))
+        yield
