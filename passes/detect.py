@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
-from pifa_compile.kernels.op import linear as pifa_linear
+from pifa_compile.kernels import op
 from pifa_compile.layers import is_output_embedding_name, supported_dtype
 from pifa_compile.passes.forms import Match, match_linear, view_of_parameter
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument
@@ -25,7 +25,7 @@ GRADIENT = (
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fill the plan with one site per linear layer, in whatever form it stands; the graph stays as it is."""
     for node in gm.graph.nodes:
-        if node.target is pifa_linear:
+        if node.target is op.linear:
             context.plan.sites.append(_prepared_site(node, context))
         elif (match := match_linear(node)) is not None:
             context.plan.sites.append(_site(node, match, context))
@@ -97,16 +97,16 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of code outside torch that made the node, as ``file.py:12 code``; empty if unknown."""
-    frames = [f for f in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _inside_torch(f["file"])]
+    """The innermost line outside torch and this package that made the node, as ``file.py:12 code``; or empty."""
+    frames = [f for f in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _is_library(f["file"])]
     if not frames:
         return ""
     last = frames[-1]
     return f"{Path(last['file']).name}:{last['line']} {last['code'].strip()}"
 
 
-_TORCH = Path(torch.__file__).parent
+_LIBRARIES = (Path(torch.__file__).parent, Path(op.__file__).parents[1])
 
 
-def _inside_torch(file: str) -> bool:
-    return Path(file).is_relative_to(_TORCH)
+def _is_library(file: str) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in _LIBRARIES)

@@ -63,7 +63,7 @@ def take_pairs(gm: fx.GraphModule, context: Context) -> PassResult:
     waiting = [p for p in context.plan.pairs if not any(s.record and s.record.object for s in (p.inner, p.outer))]
     for pair, factors in zip(waiting, context.factor_pairs(waiting) if waiting else [], strict=True):
         pair.outer.factors, pair.outer.inner, pair.outer.reason = factors, pair.inner, None
-        pair.inner.reason = FOLDED.format(name=pair.outer.name)
+        pair.inner.reason, pair.inner.folded = FOLDED.format(name=pair.outer.name), True
     return PassResult(len(context.plan.pairs), 0, context.plan.skipped())
 
 

@@ -36,6 +36,7 @@ class LinearSite:
     row_order  of a layer that came as ``pifa::linear``: its placeholder
     digest   of the weight's content, by which the store knows it
     inner    the first half of a low-rank pair whose second half this is, once both became one layer
+    folded   whether this is such a first half: it counts with the second
     """
 
     node: fx.Node
@@ -54,6 +55,7 @@ class LinearSite:
     record: LayerRecord | None = None
     factors: Factors | None = None
     inner: LinearSite | None = None
+    folded: bool = False
 
     @property
     def open(self) -> bool:
@@ -83,7 +85,7 @@ class LinearSite:
 
     def numbers(self) -> tuple[int, int]:
         """Parameters before and after (the same where the layer stays dense)."""
-        if self.shape is None:
+        if self.shape is None or self.folded:
             return (0, 0)
         m, n = self.shape
         if self.inner is not None and self.factors is not None:

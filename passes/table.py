@@ -37,8 +37,8 @@ def site_row(site: LinearSite) -> dict[str, Any]:
         "numbers_before": before,
         "numbers_after": after,
         "density": after / before if before else None,
-        "flop_before": flop_per_token("dense", m, n),
-        "flop_after": flop_per_token(form, m, n, site.rank or 0),  # type: ignore[arg-type]
+        "flop_before": 2 * before,
+        "flop_after": 0 if site.folded else flop_per_token(form, m, n, site.rank or 0),  # type: ignore[arg-type]
         "error": site.record.error if site.record is not None and form != "dense" else None,
         "reason": site.reason,
         "source": site.source,
@@ -46,6 +46,8 @@ def site_row(site: LinearSite) -> dict[str, Any]:
 
 
 def _form(site: LinearSite) -> str:
+    if site.folded:
+        return "folded"
     if site.reason is not None:
         return "dense"
     if site.factors is not None:
@@ -85,7 +87,7 @@ def _cell(key: str, value: Any) -> str:
 
 def render_summary(rows: list[dict[str, Any]]) -> str:
     """One line: how many layers were taken, and the numbers before and after, over them and over all."""
-    taken = [r for r in rows if r["state"] != "dense"]
+    taken = [r for r in rows if r["state"] not in ("dense", "folded")]
     before, after = (sum(r[f"numbers_{when}"] for r in taken) for when in ("before", "after"))
     total_before, total_after = (sum(r[f"numbers_{when}"] for r in rows) for when in ("before", "after"))
     share = f"{after / before:.4f} of their {before:,} numbers" if before else "no numbers"

@@ -78,7 +78,7 @@ def placeholder_name(node: fx.Node) -> str:
 
     Names are labels only: after a graph break they lack a prefix.
     """
-    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    source = _source(node)
     if source is None:
         return node.name
     name = source.name() if callable(source.name) else source.name
@@ -205,6 +205,22 @@ def guard_identity(placeholder: fx.Node) -> None:
     _add_guard(placeholder, GuardBuilder.ID_MATCH)
 
 
+def guard_owner(placeholder: fx.Node) -> None:
+    """Tie the compiled code to the local variable that the placeholder's value is found through, if it is a module.
+
+    Dynamo then counts recompilations per module. Without that, blocks that share one forward function (regional
+    compilation, graph breaks) count against one limit, and past eight of them the rest would run dense.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import LocalSource
+
+    source = _source(placeholder)
+    while source is not None and hasattr(source, "base"):
+        source = source.base
+    if isinstance(source, LocalSource):
+        _add_guard_to(source, GuardBuilder.ID_MATCH)
+
+
 def guard_condition(placeholder: fx.Node, holds: Callable[[], bool]) -> None:
     """Have Dynamo recompile when ``holds()`` is False; it is asked before every call of the compiled frame."""
 
@@ -220,9 +236,18 @@ def guard_condition(placeholder: fx.Node, holds: Callable[[], bool]) -> None:
 
 
 def _add_guard(placeholder: fx.Node, create: Callable[..., None]) -> None:
+    source = _source(placeholder)
+    if source is not None:
+        _add_guard_to(source, create)
+
+
+def _source(placeholder: fx.Node) -> Any:
+    return getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
+
+
+def _add_guard_to(source: Any, create: Callable[..., None]) -> None:
     from torch._guards import TracingContext
 
     context = TracingContext.try_get()
-    source = getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
-    if context is not None and source is not None:
+    if context is not None:
         context.guards_context.dynamo_guards.add(source.make_guard(create))

@@ -92,4 +92,5 @@ def guard(weights: Sequence[fx.Node], watch: Watch) -> None:
     for node in weights:
         _torch.guard_identity(node)
     if weights:
+        _torch.guard_owner(weights[0])
         _torch.guard_condition(weights[0], lambda: watch.fresh)

@@ -1,0 +1,149 @@
+"""Habits of real users: regional compilation, graph breaks, threads, determinism, two models, modes on prepared models."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import pifa_compile
+from pifa_compile import Svd
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIFA_CACHE_DIR", str(tmp_path / "store"))
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    made = Breaking().eval()
+    pifa_compile.compress(made, Svd(density=0.7), progress=False)
+    return made
+
+
+def expected(model, x):
+    with torch.no_grad():
+        return pifa_compile.apply_(copy.deepcopy(model))(x)
+
+
+@torch.no_grad()
+def test_graph_breaks(model):
+    x = torch.randn(3, 48)
+    y = torch.compile(model, backend="pifa", options={"inner": "eager"})(x)
+    assert torch.allclose(y, expected(model, x), atol=1e-5)
+    assert counters["pifa"]["replaced"] == 6 and counters["pifa"]["skipped"] == 0
+
+
+@pytest.mark.parametrize("regional", [True, False])
+@torch.no_grad()
+def test_more_blocks_of_one_class_than_dynamo_recompiles_a_function(model, regional):
+    """Every block has factors of its own, so each is compiled: none may run dense because of a limit."""
+    model.blocks.extend(Block().eval() for _ in range(9))
+    pifa_compile.compress(model, Svd(density=0.6), progress=False)
+    x = torch.randn(3, 48)
+    exact = pifa_compile.apply_(copy.deepcopy(model), density=0.6)(x)
+    options = {"inner": "eager", "density": 0.6}
+    if regional:
+        for block in model.blocks:
+            block.compile(backend="pifa", options=options)
+    compiled = model if regional else torch.compile(model, backend="pifa", options=options)
+    for _ in range(2):
+        assert torch.allclose(compiled(x), exact, atol=1e-5)
+    assert counters["pifa"]["replaced"] == 24
+
+
+@torch.no_grad()
+def test_two_models_and_one_model_twice_with_different_options(model, tmp_path):
+    other = copy.deepcopy(model)
+    x = torch.randn(3, 48)
+    run = pifa_compile.compress(other, Svd(density=0.4), progress=False).run_id
+    first = torch.compile(model, backend="pifa", options={"density": 0.7, "inner": "eager"})
+    second = torch.compile(other, backend="pifa", options={"run": run, "inner": "eager"})
+    coarse, fine = second(x), first(x)
+    assert torch.allclose(fine, pifa_compile.apply_(copy.deepcopy(model), density=0.7)(x), atol=1e-5)
+    assert torch.allclose(coarse, pifa_compile.apply_(copy.deepcopy(model), run=run)(x), atol=1e-5)
+    assert not torch.allclose(coarse, fine, atol=1e-3)
+
+
+def test_threads_that_compile_at_once(model):
+    x, found = torch.randn(3, 48), []
+    exact = expected(model, x)
+    compiled = torch.compile(model, backend="pifa", options={"inner": "eager"})
+
+    def call():
+        with torch.no_grad():
+            found.append(compiled(x))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.allclose(y, exact, atol=1e-5) for y in found)
+
+
+@torch.no_grad()
+def test_deterministic_algorithms(model):
+    x = torch.randn(3, 48)
+    torch.use_deterministic_algorithms(True)
+    try:
+        compiled = torch.compile(model, backend="pifa")
+        assert torch.equal(compiled(x), compiled(x))
+        assert torch.allclose(compiled(x), expected(model, x), atol=1e-5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@torch.no_grad()
+def test_modes_on_a_prepared_model(model, mode):
+    x = torch.randn(3, 48)
+    prepared = pifa_compile.apply_(model)
+    y = torch.compile(prepared, backend="pifa", mode=mode)(x)
+    assert torch.allclose(y, prepared(x), atol=1e-5)
+
+
+def test_an_adapter_of_peft_s_shape_around_a_compressed_layer(model):
+    """As PEFT wraps it: names change, the base layer's content does not; the adapter's halves stay and are trained."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.lora_A, self.lora_B = nn.Linear(48, 8, bias=False), nn.Linear(8, 96, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 2.0
+
+    block = model.blocks[0].requires_grad_(False)
+    block.up = Adapted(block.up)
+    x = torch.randn(3, 48)
+    y = torch.compile(block, backend="pifa", options={"inner": "eager"})(x)
+    y.sum().backward()
+    assert counters["pifa"]["replaced"] == 2
+    assert block.up.lora_A.weight.grad is not None
