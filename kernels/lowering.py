@@ -77,7 +77,7 @@ def _gather(y_p: Any, y_np: Any, positions: Any, dtype: torch.dtype) -> Any:
         position = load_position([column])
         if not others:
             return ops.to_dtype(load_p([token, ops.indirect_indexing(position, r, check=False, wrap_neg=False)]), dtype)
-        # Both parts are read at a place that exists and one is kept: a masked read cannot hold an indirect index on CPU.
+        # Both parts are read, at places that exist, and one is kept: on CPU no masked read can hold an indirect index.
         first_other, zero = ops.index_expr(r, torch.int64), ops.constant(0, torch.int64)
         in_pivots = ops.lt(position, first_other)
         in_p = ops.where(in_pivots, position, zero)

@@ -164,7 +164,7 @@ _FORMS: dict[Any, Callable[[fx.Node], Match | None]] = {
     torch.baddbmm: _batched,
     "bmm": _batched,
 }
-_FORMS |= {function: _batched for function in _torch.grouped_products()}
+_FORMS |= dict.fromkeys(_torch.grouped_products(), _batched)
 
 
 # --- what is given as the weight -------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     before   h = linear(x, right, inner_bias); y = linear(h, left, bias)            right k x n, left m x k
     after    y = pifa::linear(x, factors of left @ right, bias + left @ inner_bias)
 
-SVD-LLM, ASVD and LoRD leave such pairs behind. The product is the same in exact arithmetic, with fewer numbers. An adapter,
-whose output is added to that of a dense layer over the same input, is a pair too, but meant to stay one.
+SVD-LLM, ASVD and LoRD leave such pairs behind. The product is the same in exact arithmetic, with fewer numbers. An
+adapter, whose output is added to that of a dense layer over the same input, is a pair too, but meant to stay one.
 """
 
 from __future__ import annotations

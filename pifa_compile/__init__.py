@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pifa_compile.factors import PairFactors, PifaFactors
     from pifa_compile.modules import PifaLinear
     from pifa_compile.prepare import apply_, load, restore_
-    from pifa_compile.recipes import Recipe, Svd, recipe_from_json
+    from pifa_compile.recipes import Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
     from pifa_compile.store import Store
 
 _HOME = {
@@ -29,6 +29,8 @@ _HOME = {
     "Recipe": "recipes",
     "Store": "store",
     "Svd": "recipes",
+    "SvdLlm": "recipes",
+    "Mpifa": "recipes",
     "compress": "compression",
     "apply_": "prepare",
     "dry_run": "dryrun",
@@ -42,20 +44,22 @@ _HOME = {
 __all__ = [
     "CompressionReport",
     "DryRun",
+    "Mpifa",
     "PairFactors",
     "PifaError",
     "PifaFactors",
+    "PifaLinear",
     "Recipe",
     "Store",
     "Svd",
-    "PifaLinear",
+    "SvdLlm",
     "apply_",
     "compress",
     "dry_run",
     "load",
     "pifa",
-    "restore_",
     "recipe_from_json",
+    "restore_",
 ]
 
 

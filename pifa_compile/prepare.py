@@ -11,13 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from pifa_compile import _torch
 from pifa_compile.checkpoint import checkpoint_files, read_into
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, NoRunError

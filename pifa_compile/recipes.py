@@ -1,4 +1,4 @@
-"""Recipes: what to compress, by which method and how far; one frozen dataclass per method, versioned, JSON round trip."""
+"""Recipes: what to compress, by which method and how far; one versioned dataclass per method, JSON round trip."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ class Recipe:
     pivoting       how pivots are chosen: "maxvol", "qr" or "lu"
     pivot_group    pivots in aligned groups of this many rows (1: free)
     form           "pifa", or "pair" to keep plain low-rank pairs for comparison
+    coefficients   "same" as the weight's dtype, or "float16": in bfloat16 models the coefficients, and what they
+                   multiply, have three more bits of mantissa
     skip           glob patterns of layer names to leave dense; the output embedding is left dense by default
-    overrides      {pattern: {"density": d}}, {pattern: {"rank": r}} or {pattern: {"dense": true}}; the last match wins
+    overrides      {pattern: {"density": d}}, {pattern: {"rank": r}} or {pattern: {"dense": true}}; the last match wins.
+                   Layers with one have no part in the density of the others
     seed           for methods that draw random numbers
     """
 
@@ -36,27 +39,36 @@ class Recipe:
     pivoting: str = "maxvol"
     pivot_group: int = 1
     form: Literal["pifa", "pair"] = "pifa"
+    coefficients: Literal["same", "float16"] = "same"
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
+        if not _is_count(self.rank_multiple):
             raise RecipeError(f"rank_multiple is {self.rank_multiple!r}; give a whole number from 1")
         if self.pivoting not in PIVOTINGS:
             known = sorted(PIVOTINGS)
-            raise RecipeError(f"pivoting is {self.pivoting!r}; known: {', '.join(known)}{did_you_mean(self.pivoting, known)}")
-        if not isinstance(self.pivot_group, int) or self.pivot_group < 1 or self.rank_multiple % self.pivot_group:
-            raise RecipeError(f"pivot_group is {self.pivot_group!r}; give a divisor of rank_multiple ({self.rank_multiple})")
+            near = did_you_mean(str(self.pivoting), known)
+            raise RecipeError(f"pivoting is {self.pivoting!r}; known: {', '.join(known)}{near}")
+        if not _is_count(self.pivot_group) or self.rank_multiple % self.pivot_group:
+            cure = f"give a divisor of rank_multiple ({self.rank_multiple})"
+            raise RecipeError(f"pivot_group is {self.pivot_group!r}; {cure}")
         if self.form not in ("pifa", "pair"):
             raise RecipeError(f"form is {self.form!r}; give 'pifa' or 'pair'")
-        if isinstance(self.skip, str):
-            raise RecipeError(f"skip is the string {self.skip!r}; give a list of patterns")
-        object.__setattr__(self, "skip", tuple(self.skip))
-        object.__setattr__(self, "overrides", {p: dict(o) for p, o in self.overrides.items()})
+        if self.coefficients not in ("same", "float16"):
+            raise RecipeError(f"coefficients is {self.coefficients!r}; give 'same' or 'float16'")
+        if not isinstance(self.skip, list | tuple) or not all(isinstance(p, str) for p in self.skip):
+            raise RecipeError(f"skip is {self.skip!r}; give a list of patterns")
+        if type(self.seed) is not int:
+            raise RecipeError(f"seed is {self.seed!r}; give a whole number")
+        if not isinstance(self.overrides, Mapping):
+            raise RecipeError(f"overrides are {self.overrides!r}; give a mapping of patterns")
         for pattern, override in self.overrides.items():
             _check_override(pattern, override)
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "overrides", {p: dict(o) for p, o in self.overrides.items()})
 
     def override_for(self, name: str) -> Mapping[str, Any]:
         """The override of the layer ``name``, or an empty mapping."""
@@ -85,15 +97,78 @@ class Svd(Recipe):
     method: ClassVar[str] = "svd"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Recipe):
+    """What the methods share that look at what the layers read.
+
+    allocation     how ranks are spread over the layers: "loss" by the estimated loss, "relative" by the relative error
+                   of each layer's outputs (it may leave layers dense), "uniform" the same density in each
+    windows        windows of text to calibrate on at most, or sentences with as many tokens; one in sixteen is there to
+                   measure errors only
+    window_length  tokens in a window, or in a sentence at most
+    """
+
+    allocation: Literal["loss", "relative", "uniform"] = "uniform"
+    windows: int = 64
+    window_length: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("allocation", self.allocation, ("loss", "relative", "uniform"))
+        for key in ("windows", "window_length"):
+            if not _is_count(getattr(self, key)):
+                raise RecipeError(f"{key} is {getattr(self, key)!r}; give a whole number from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdLlm(Calibrated):
+    """Truncated singular value decomposition of every weight, whitened by its inputs in the dense model."""
+
+    method: ClassVar[str] = "svd-llm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocation == "loss":
+            raise RecipeError("method 'svd-llm' has no gradients to allocate by; give 'uniform' or 'relative'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mpifa(Calibrated):
+    """Fitted to what each layer reads in the model compressed so far; outputs weighted, ranks priced by the loss.
+
+    mixing     weight of the dense model's outputs in the target, from 0 to 1; the rest is what the dense layer makes of
+               the inputs in the compressed model
+    weighting  of a layer's outputs by the gradient of the loss: "full", "diagonal" or "none". Full moments that need
+               more than 4 GiB for all layers together are replaced by their diagonals
+    solver     "closed" finds the optimum; "alternating" is the published two-step form, which has no weighting
+    """
+
+    method: ClassVar[str] = "mpifa"
+
+    allocation: Literal["loss", "relative", "uniform"] = "loss"
+    mixing: float = 1.0
+    weighting: Literal["full", "diagonal", "none"] = "full"
+    solver: Literal["closed", "alternating"] = "closed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("weighting", self.weighting, ("full", "diagonal", "none"))
+        _check_choice("solver", self.solver, ("closed", "alternating"))
+        if not isinstance(self.mixing, int | float) or isinstance(self.mixing, bool) or not 0 <= self.mixing <= 1:
+            raise RecipeError(f"mixing is {self.mixing!r}; give a number from 0 to 1")
+        if self.solver == "alternating" and self.weighting != "none":
+            raise RecipeError("the alternating solver knows no weighting of outputs; add weighting='none'")
+
+
 #: Recipes by the name of their method.
-RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd,)}
+RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd, SvdLlm, Mpifa)}
 
 
 def recipe_for(method: str, **settings: Any) -> Recipe:
     """The recipe of the named method; raises RecipeError on an unknown method or field."""
     if method not in RECIPES:
         raise RecipeError(f"unknown method {method!r}; known: {', '.join(RECIPES)}{did_you_mean(method, RECIPES)}")
-    known = {f.name for f in fields(RECIPES[method])}
+    known = [f.name for f in fields(RECIPES[method])]
     for key in settings:
         if key not in known:
             raise RecipeError(f"method {method!r} has no field {key!r}{did_you_mean(key, known)}")
@@ -109,7 +184,8 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     if not isinstance(method, str) or not isinstance(version, int):
         raise RecipeError(f"no recipe: it names the method {method!r} and the version {version!r}")
     if method in RECIPES and version > RECIPES[method].version:
-        raise RecipeError(f"recipe {method!r} has version {version}, this release knows {RECIPES[method].version}; upgrade pifa-compile")
+        known = RECIPES[method].version
+        raise RecipeError(f"recipe {method!r} has version {version}, this release knows {known}; update pifa-compile")
     return recipe_for(method, **settings)
 
 
@@ -124,10 +200,22 @@ def check_density(density: Any) -> float:
     return float(density)
 
 
-def _check_override(pattern: str, override: Mapping[str, Any]) -> None:
-    if len(override) != 1 or next(iter(override)) not in _OVERRIDES:
-        raise RecipeError(f"override {pattern!r} is {dict(override)!r}; give exactly one of {', '.join(_OVERRIDES)}")
+def _check_choice(key: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(f"{key} is {value!r}; known: {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _check_override(pattern: Any, override: Any) -> None:
+    known = isinstance(override, Mapping) and len(override) == 1 and set(override) <= set(_OVERRIDES)
+    if not isinstance(pattern, str) or not known:
+        raise RecipeError(f"override {pattern!r} is {override!r}; give exactly one of {', '.join(_OVERRIDES)}")
     if "density" in override:
         check_density(override["density"])
-    if "rank" in override and (not isinstance(override["rank"], int) or override["rank"] < 1):
+    if "rank" in override and not _is_count(override["rank"]):
         raise RecipeError(f"override {pattern!r} has the rank {override['rank']!r}; give a whole number from 1")
+    if override.get("dense", True) is not True:
+        raise RecipeError(f"override {pattern!r} has dense={override['dense']!r}; give true, or leave it out")

@@ -73,7 +73,7 @@ def low_rank_mlp(root):
     return model
 
 
-# --- the same outputs -------------------------------------------------------------------------------------------------
+# --- the same outputs ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -189,7 +189,7 @@ def recording(seen: list, **options):
     return backend
 
 
-# --- what is replaced, and from which run ------------------------------------------------------------------------------
+# --- what is replaced, and from which run ----------------------------------------------------------------------------
 
 
 def test_dense_weights_leave_the_graph_and_the_model_keeps_them(low_rank_mlp):
@@ -282,7 +282,7 @@ def test_skip_at_compile_time(low_rank_mlp):
     assert counts() == {"matched": 2, "replaced": 1, "skipped": 1}
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 def test_trainable_weights_are_not_replaced_while_gradients_are_on(low_rank_mlp):
@@ -305,7 +305,7 @@ def test_frozen_weights_or_the_caller_s_word_allow_it_and_inputs_get_gradients(l
     assert relative(torch.autograd.grad(y.square().sum(), x)[0], exact) < 1e-4
 
 
-# --- shapes, modes, options --------------------------------------------------------------------------------------------
+# --- shapes, modes, options ------------------------------------------------------------------------------------------
 
 
 def test_lengths_and_batches_cost_one_recompilation_at_most(low_rank_mlp):
@@ -347,7 +347,7 @@ def test_inductor_options_reach_inductor(low_rank_mlp):
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name(low_rank_mlp):
-    with torch.no_grad(), pytest.raises(Exception, match="densty.*did you mean 'density'"):
+    with torch.no_grad(), pytest.raises(Exception, match=r"densty.*did you mean 'density'"):
         torch.compile(low_rank_mlp, backend="pifa", options={"densty": 0.5})(torch.randn(3, 64))
 
 

@@ -155,8 +155,8 @@ def test_what_is_left_alone_says_its_own_reason(case, tmp_path):
 
 def test_products_without_a_parameter_and_wide_convolutions_are_no_linear_layers():
     def forward(s, x):
-        scores = x @ x.transpose(1, 2)
-        return torch.einsum("bst,bti->bsi", scores, x) + F.conv1d(x.transpose(1, 2), s.fused.view(IN, IN, 3), padding=1).mT
+        mixed = torch.einsum("bst,bti->bsi", x @ x.transpose(1, 2), x)
+        return mixed + F.conv1d(x.transpose(1, 2), s.fused.view(IN, IN, 3), padding=1).mT
 
     with torch.no_grad():
         compiled(Strange(forward))(torch.randn(3, 4, IN))

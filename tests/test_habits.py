@@ -1,4 +1,4 @@
-"""Habits of real users: regional compilation, graph breaks, threads, determinism, two models, modes on prepared models."""
+"""Habits of real users: regional compilation, graph breaks, threads, determinism, two models, modes."""
 
 from __future__ import annotations
 

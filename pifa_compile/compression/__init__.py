@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from pifa_compile.compression.calibrated import compress_calibrated
+from pifa_compile.compression.calibration import Text, calibrate_on
 from pifa_compile.compression.walk import compress_weights
-from pifa_compile.errors import WeightError
+from pifa_compile.errors import InputError, WeightError
 from pifa_compile.layers import linear_weights
-from pifa_compile.recipes import Recipe
+from pifa_compile.recipes import Calibrated, Recipe
 from pifa_compile.reports import CompressionReport
 from pifa_compile.store import Store
 
@@ -21,6 +24,8 @@ def compress(
     model: nn.Module,
     recipe: Recipe,
     *,
+    text: Text | None = None,
+    tokenizer: Any = None,
     store: Store | str | os.PathLike[str] | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -29,21 +34,33 @@ def compress(
     """Factor the linear layers of a model into the store; the model itself stays as it is.
 
     model     any module; its linear layers are found by type, its output embedding is left dense
-    recipe    method, density and settings, e.g. ``Svd(density=0.6)``
+    recipe    method, density and settings, e.g. ``Svd(density=0.6)`` or ``Mpifa(density=0.6)``
+    text      what a calibrated method looks at: a file (as a Path), a text, a list of texts, token windows (count x
+              length), or batches of keyword arguments; None: a causal model samples its own text
+    tokenizer needed to read text
     store     a Store or its directory; default: PIFA_CACHE_DIR, else the Hugging Face assets cache
     name      a label for reports; default: the name the model was loaded by, else its class
     revision  a label for the model's revision
 
-    The same model and recipe are never computed twice: a second call returns the finished run, and one that was
-    interrupted goes on where it stopped. Raises WeightError for a model without a linear layer or with a weight that
-    is not finite.
+    The same model, recipe and text are never computed twice: a second call returns the finished run, and one that was
+    interrupted goes on where it stopped. Raises WeightError for a model without a linear layer, with a weight that is
+    not finite or with inputs to a layer that are not; InputError for a text that cannot be used.
     """
     weights = list(linear_weights(model))
     if not weights:
         raise WeightError(type(model).__name__, "the model has no linear layer", "nothing can be compressed")
     opened = store if isinstance(store, Store) else Store(None if store is None else Path(store))
     label = name or model_label(model)
-    run = compress_weights(weights, recipe, opened, model=label, revision=revision, progress=progress)
+    if isinstance(recipe, Calibrated):
+        size = {"windows": recipe.windows, "length": recipe.window_length}
+        calibration = calibrate_on(model, text, tokenizer, **size, seed=recipe.seed)
+        run = compress_calibrated(
+            model, weights, recipe, opened, calibration, label=label, revision=revision, progress=progress
+        )
+    else:
+        if text is not None:
+            raise InputError(f"method {recipe.method!r} uses no text; leave it out, or use 'mpifa'")
+        run = compress_weights(weights, recipe, opened, model=label, revision=revision, progress=progress)
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     return CompressionReport(run, opened.root, total)
 

@@ -1,0 +1,237 @@
+"""What every walk over the layers of a model shares: which layers there are, run ids, factors, progress."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pifa_compile import _torch
+from pifa_compile.digest import cast_digests
+from pifa_compile.factors import numbers, rank_for_density, rank_for_numbers
+from pifa_compile.layers import LinearWeight, as_matrix, is_plain, supported_dtype
+from pifa_compile.pivoting import Factorized, LowRank, factorize
+from pifa_compile.recipes import Recipe
+from pifa_compile.store import LayerRecord, RunHeader
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight to be walked, with its digests ({} where it has no content) and what sets it apart: a reason to leave
+    it dense, or an override of the recipe. ``names`` are those of all modules that hold a weight of this content."""
+
+    weight: LinearWeight
+    digests: dict[str, str]
+    reason: str | None
+    override: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.weight.name or "weight"
+
+    @property
+    def key(self) -> frozenset[tuple[str, str]] | str:
+        """What this layer and its record share, and no other layer: the content; the name where there is none."""
+        return content(self.digests) or self.name
+
+    @property
+    def free(self) -> bool:
+        """Whether its rank follows from the density that all layers keep together."""
+        return self.reason is None and not self.override
+
+    @property
+    def identity(self) -> Any:
+        """What makes its factors, beside the recipe, as JSON: the weight, and what was found under its name."""
+        own = self.digests.get(_torch.dtype_name(self.weight.parameter.dtype), self.name)
+        return own if self.free else [own, "dense" if self.reason else dict(self.override)]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as an m x n matrix, a view."""
+        return as_matrix(self.weight.parameter, self.weight.layout)
+
+    def record(self, **facts: Any) -> LayerRecord:
+        """The layer's record: dense unless ``facts`` say otherwise."""
+        m, n = self.weight.shape
+        known = {"name": self.name, "digests": self.digests, "shape": (m, n), "layout": self.weight.layout}
+        dense = {"object": None, "form": "dense", "rank": 0, "numbers": m * n, "bytes": self.weight.parameter.nbytes}
+        return LayerRecord(**known | dense | {"seconds": 0.0} | facts)
+
+
+def distinct_layers(weights: Sequence[LinearWeight], recipe: Recipe) -> list[Layer]:
+    """Layers in order, those with the same content once.
+
+    A graph cannot tell equal weights apart, so all of them stay dense if one must.
+    """
+    found: dict[frozenset[tuple[str, str]] | str, Layer] = {}
+    for weight in weights:
+        parameter = weight.parameter.detach()
+        plain = is_plain(parameter) and supported_dtype(parameter.dtype)
+        reason = weight.reason or recipe.reason_to_skip(weight.name)
+        reason = reason or (None if plain else "the weight is no plain floating point tensor")
+        digests = cast_digests(parameter) if plain else {}
+        layer = Layer(weight, digests, reason, recipe.override_for(weight.name))
+        first = found.get(layer.key, layer)
+        if first.reason is None and reason is not None:
+            first = replace(first, reason=f"{reason} ({layer.name} has the same content)")
+        found[layer.key] = replace(first, names=(*first.names, weight.name))
+    return list(found.values())
+
+
+def content(digests: dict[str, str]) -> frozenset[tuple[str, str]]:
+    """The digests as a key: a weight and its cast to another dtype have some in common, but not all."""
+    return frozenset(digests.items())
+
+
+def unused_name(name: str, names: Collection[str]) -> str:
+    """``name``, numbered if it is one of ``names``: a graph may call several weights the same."""
+    number, found = 1, name
+    while found in names:
+        number += 1
+        found = f"{name}#{number}"
+    return found
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_id(recipe: Recipe, weights: Sequence[Any], calibration: dict[str, Any] | None = None) -> str:
+    """The id that this recipe on these weights always gets, so that a repeated or interrupted run is found again."""
+    identity = {"recipe": recipe.to_json(), "weights": list(weights), "calibration": calibration}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return f"{recipe.method}-{recipe.density:g}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def run_header(
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    model: str,
+    revision: str | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> RunHeader:
+    """The header of a run that begins now; its id is the same whenever recipe, weights and calibration are."""
+    return RunHeader(
+        run_id=run_id(recipe, [layer.identity for layer in layers], calibration),
+        model=model,
+        revision=revision,
+        recipe=recipe.to_json(),
+        calibration=calibration,
+        seed=recipe.seed,
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        layers_planned=len(layers),
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers depend on."""
+    names = ("pifa-compile", "torch", "scipy")
+    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # a source tree on PYTHONPATH
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+class Truncatable(Protocol):
+    """A fitted weight that can be cut at any rank up to ``rank``."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def truncate(self, r: int) -> LowRank: ...
+
+
+def override_rank(layer: Layer, recipe: Recipe) -> int:
+    """The rank that a layer's override asks for."""
+    m, n = layer.weight.shape
+    if "rank" in layer.override:
+        return int(layer.override["rank"])
+    own = layer.override["density"]
+    wanted = rank_for_density(m, n, own, recipe.rank_multiple, recipe.form)
+    return wanted or rank_for_density(m, n, own, 1, recipe.form)
+
+
+def pivoted(fitted: Truncatable, r: int, dtype: torch.dtype, recipe: Recipe) -> Factorized:
+    """Factors of rank r in ``dtype`` as the recipe asks for them; where they would be too inexact, a pair that keeps
+    no more numbers."""
+    low_rank = fitted.truncate(r)
+    group = _group(recipe, low_rank.shape[0], low_rank.rank)
+    made = factorize(
+        low_rank,
+        dtype,
+        pivoting=recipe.pivoting,
+        group=group,
+        form=recipe.form,
+        coefficients=recipe.coefficients,
+    )
+    _torch.counters()["factored"] += 1
+    return made if made.factors.form == recipe.form else _smaller_pair(fitted, dtype, recipe, made)
+
+
+def _smaller_pair(fitted: Truncatable, dtype: torch.dtype, recipe: Recipe, made: Factorized) -> Factorized:
+    """The pair that was made in place of pivoted factors, cut to a rank that keeps no more numbers than those would."""
+    (m, n), r = made.factors.shape, made.factors.rank
+    limit = numbers(recipe.form, m, n, r)
+    smaller = rank_for_numbers(m, n, limit, recipe.rank_multiple, "pair") or rank_for_numbers(m, n, limit, 1, "pair")
+    cut = factorize(fitted.truncate(smaller), dtype, form="pair")
+    return replace(cut, reason=f"{made.reason}; of rank {smaller} instead of {r}, to keep no more numbers")
+
+
+def _group(recipe: Recipe, m: int, r: int) -> int:
+    """Aligned groups where the shape has them; a layer that has not keeps free pivots."""
+    group = recipe.pivot_group
+    return group if m % group == 0 and r % group == 0 else 1
+
+
+def factored_record(layer: Layer, made: Factorized, digest: str, **facts: Any) -> LayerRecord:
+    """The record of a layer whose factors are in the store under ``digest``."""
+    factors = made.factors
+    details = made.details() | {"dtype": _torch.dtype_name(layer.weight.parameter.dtype)} | facts.pop("details", {})
+    sizes = {"form": factors.form, "rank": factors.rank, "numbers": factors.numbers, "bytes": factors.nbytes}
+    return layer.record(object=digest, error=made.error, reason=made.reason, details=details, **sizes, **facts)
+
+
+def too_small(layer: Layer, recipe: Recipe) -> str:
+    """The reason for a layer to stay dense that no rank fits."""
+    m, n = layer.weight.shape
+    density = layer.override.get("density", recipe.density)
+    return f"no rank of a {m} x {n} weight keeps {density:g} of its numbers or fewer"
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def progress_bar(count: int, title: str, progress: bool) -> tqdm[Any]:
+    """A bar over ``count`` layers on standard error."""
+    return tqdm(total=count, desc=title, unit="layer", disable=not progress, dynamic_ncols=True)
+
+
+def show(bar: tqdm[Any], layer: Layer, record: LayerRecord) -> None:
+    """Move the bar on by one layer."""
+    error = "dense" if record.truncation is None else f"error {record.truncation:.3f}"
+    bar.set_postfix_str(f"{layer.name} {error} {_peak_memory()}", refresh=False)
+    bar.update()
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak on the GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB peak"

@@ -1,0 +1,99 @@
+"""Square roots of second moments: L L^T = G + ridge, made so that L can always be inverted.
+
+n = number of inputs. Whitening a weight by its inputs: SVD-LLM (Wang et al., ICLR 2025). The ridge is relative to each
+input's own power, so that neither the number of tokens nor one loud input changes what it does to the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Ridge, relative to each input's own power.
+RIDGE = 1e-8
+#: Correlations count as singular if their Cholesky factor, with this added, has a squared pivot below 100 times it.
+SINGULAR = 1e-9
+#: Eigenvalues of the correlations below this fraction of the largest count as zero, and are raised to it.
+FLOOR = 1e-9
+#: Power given to inputs that are never excited, as a fraction of the mean power of the others.
+DEAD = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """A square root L (n x n) of regularised second moments.
+
+    factor   L: lower triangular, or any invertible matrix if ``inverse`` is there
+    gram     L L^T, the moments that L stands for, n x n
+    rank     how many directions the tokens span, as found
+    inverse  L^-1, or None where L is triangular and solving is as good
+    """
+
+    factor: Tensor
+    gram: Tensor
+    rank: int
+    inverse: Tensor | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """W L (m x n): a matrix whose Frobenius norm is the norm of the layer's outputs."""
+        return weight.to(self.factor.dtype) @ self.factor
+
+    def remove(self, whitened: Tensor) -> Tensor:
+        """B L^-1 (m x n)."""
+        if self.inverse is not None:
+            return whitened @ self.inverse
+        solved: Tensor = torch.linalg.solve_triangular(self.factor, whitened, upper=False, left=False)
+        return solved
+
+    def project(self, moment: Tensor) -> Tensor:
+        """K L^-T (m x n) of a cross moment K = Y X^T."""
+        if self.inverse is not None:
+            return moment @ self.inverse.T
+        solved: Tensor = torch.linalg.solve_triangular(self.factor.T, moment, upper=True, left=False)
+        return solved
+
+
+def whiten(gram: Tensor, count: int | None = None) -> Whitening:
+    """The whitening of second moments G (n x n, symmetric, float64) of ``count`` tokens.
+
+    Cholesky with a relative ridge; where G is singular (fewer tokens than inputs, a pivot that is all ridge, Cholesky
+    failed) by eigendecomposition with a relative floor. Directions that no token excites keep a small weight, so that
+    what the layer does to them is kept as far as it costs nothing. Zero moments are whitened as the identity.
+    """
+    n = gram.shape[0]
+    power = gram.diagonal().clamp_min(0)
+    live = power > 0
+    if not bool(live.any()):
+        return Whitening(torch.eye(n, dtype=gram.dtype, device=gram.device), torch.eye(n).to(gram), 0)
+    scale = power.where(live, DEAD * power[live].mean()).sqrt()
+    correlations = gram / scale / scale[:, None]
+    correlations = (correlations + correlations.T) / 2
+    correlations.diagonal().copy_(torch.ones_like(scale))
+    lowest = _triangle(correlations) if count is None or count >= n else None
+    if lowest is not None:
+        factor = lowest * scale[:, None]
+        dead = int((~live).sum())
+        return Whitening(factor, gram + torch.diag(scale.square() * (1 + RIDGE) - gram.diagonal()), n - dead)
+    return _by_eigenvalues(correlations, scale, int((~live).sum()))
+
+
+def _triangle(correlations: Tensor) -> Tensor | None:
+    """The Cholesky factor of correlations with the ridge, or None if they are singular."""
+    identity = torch.eye(correlations.shape[0]).to(correlations)
+    factor, info = torch.linalg.cholesky_ex(correlations + SINGULAR * identity)
+    if int(info) or float(factor.diagonal().min()) ** 2 < 100 * SINGULAR:
+        return None
+    ridged: Tensor = torch.linalg.cholesky(correlations + RIDGE * identity)
+    return ridged
+
+
+def _by_eigenvalues(correlations: Tensor, scale: Tensor, dead: int) -> Whitening:
+    values, vectors = torch.linalg.eigh(correlations)
+    floor = FLOOR * values[-1]
+    rank = int((values > floor).sum()) - dead  # a dead input is its own eigenvector, with value 1
+    roots = values.clamp_min(floor).sqrt()
+    factor = scale[:, None] * vectors * roots
+    inverse = (vectors / roots).T / scale
+    return Whitening(factor, factor @ factor.T, max(rank, 0), inverse)

@@ -1,0 +1,119 @@
+"""Factors are in memory once, for as long as somebody holds them."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from pifa_compile.compression import compress
+from pifa_compile.errors import DamagedError
+from pifa_compile.factors import PairFactors, PifaFactors
+from pifa_compile.loaded import shared_factors
+from pifa_compile.recipes import Svd
+from pifa_compile.store import LayerRecord, Store
+from pifa_compile.store.objects import object_path
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The digests of the objects that were read from a store, in order."""
+    found, read = [], Store.get_object
+
+    def counting(self, digest, device="cpu"):
+        found.append(digest)
+        return read(self, digest, device)
+
+    monkeypatch.setattr(Store, "get_object", counting)
+    return found
+
+
+def put(store, factors):
+    known = {"name": "a", "digests": {}, "shape": factors.shape, "form": factors.form, "rank": factors.rank}
+    size = {"numbers": factors.numbers, "bytes": factors.nbytes, "seconds": 0.0}
+    return LayerRecord(object=store.put_factors(factors), **known, **size)
+
+
+@pytest.fixture(params=["pifa", "wide", "pair", "bias"])
+def factors(request):
+    order = torch.randperm(6, dtype=torch.int32)
+    pifa = PifaFactors(torch.randn(2, 5), torch.randn(4, 2), order, y_scale=0.25)
+    return {
+        "pifa": pifa,
+        "wide": PifaFactors(torch.randn(6, 9), torch.randn(0, 6), order),
+        "pair": PairFactors(torch.randn(6, 2), torch.randn(2, 5)),
+        "bias": PifaFactors(**pifa.tensors(), bias=torch.randn(6)),
+    }[request.param]
+
+
+def test_every_caller_gets_the_same_tensors(store, reads, factors):
+    record = put(store, factors)
+    first = shared_factors(store, record, torch.float32, CPU)
+    second = shared_factors(Store(store.root), record, torch.float32, CPU)
+    assert second is first
+    assert len(reads) == 1
+    assert {name: t.tolist() for name, t in first.tensors().items()} == {
+        name: t.tolist() for name, t in factors.tensors().items()
+    }
+
+
+def test_whoever_holds_the_matrices_alone_keeps_them_loaded(store, reads, factors):
+    """As a compiled graph does."""
+    record = put(store, factors)
+    loaded = shared_factors(store, record, torch.float32, CPU)
+    held = {name: t for name, t in loaded.tensors().items() if t.dim() == 2 and t.numel()}
+    del loaded
+    again = shared_factors(store, record, torch.float32, CPU)
+    assert len(reads) == 1
+    assert all(again.tensors()[name] is t for name, t in held.items())
+    assert getattr(again, "y_scale", 1.0) == getattr(factors, "y_scale", 1.0)
+    torch.testing.assert_close(again.weight(), factors.weight())
+
+
+def test_nobody_is_served_what_is_gone(store, reads, factors):
+    record = put(store, factors)
+    for count in (1, 2):
+        shared_factors(store, record, torch.float32, CPU)
+        assert len(reads) == count
+
+
+def test_memory_is_given_back(store, factors):
+    loaded = shared_factors(store, put(store, factors), torch.float32, CPU)
+    seen = [weakref.ref(t) for t in loaded.tensors().values() if t.dim() == 2 and t.numel()]
+    assert [ref() is None for ref in seen] == [False] * (1 if factors.rank == 6 else 2)
+    del loaded
+    assert all(ref() is None for ref in seen)
+
+
+def test_another_dtype_or_store_is_another_entry(store, tmp_path, reads, factors):
+    other = Store(tmp_path / "other")
+    put(other, factors)
+    record = put(store, factors)
+    held = [shared_factors(s, record, d, CPU) for s in (store, other) for d in (torch.float32, torch.bfloat16)]
+    assert [f.dtype for f in held] == [torch.float32, torch.bfloat16] * 2
+    assert len({id(f) for f in held}) == len(reads) == 4
+
+
+def test_what_is_damaged_is_not_loaded(store, factors):
+    record = put(store, factors)
+    path = object_path(store.root, record.object)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedError):
+        shared_factors(store, record, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_recompilation_reads_nothing_again(reads, inner):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 48)).eval()
+    compress(model, Svd(density=0.5), progress=False)
+    compiled = torch.compile(model, backend="pifa", dynamic=False, options={"inner": inner})
+    with torch.no_grad():
+        compiled(torch.randn(3, 32))
+        assert len(reads) == 2
+        gc.collect()
+        compiled(torch.randn(5, 32))
+    assert len(reads) == 2
+    assert torch._dynamo.utils.counters["pifa"]["replaced"] == 4

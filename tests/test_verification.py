@@ -1,0 +1,77 @@
+"""pifa verify: damage is found, a run of another model is told apart, quality is measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pifa_compile
+from pifa_compile import Store, Svd
+from pifa_compile.cli import main
+from pifa_compile.loading import load_model, minilm_folder
+from pifa_compile.verification import verify
+
+
+@pytest.fixture
+def compressed(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    store = Store(tmp_path / "store")
+    run = pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), store=store, progress=False).run
+    return model, store, run
+
+
+def damage(store, run):
+    path = next(p for p in (store.root / "objects").rglob("*.safetensors") if run.layers[0].object in p.name)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_whole_store_of_this_model_is_verified(compressed):
+    model, store, run = compressed
+    found = verify(store, model=model)
+    assert found.problems == [] and found.runs == [run.run_id]
+    assert "verified" in str(found)
+
+
+def test_one_flipped_bit_is_found_and_named(compressed):
+    _, store, run = compressed
+    damage(store, run)
+    (problem,) = verify(store).problems
+    assert run.layers[0].name in problem
+
+
+def test_a_run_of_another_model_is_told(compressed):
+    _, store, run = compressed
+    other = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    (problem,) = verify(store, model=other).problems
+    assert f"{run.run_id} knows 0 of the 2" in problem
+
+
+def test_the_command_says_3_for_a_damaged_store_and_0_for_a_whole_one(compressed, capsys):
+    _, store, run = compressed
+    assert main(["verify", "--store", str(store.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    damage(store, run)
+    assert main(["verify", run.run_id, "--store", str(store.root)]) == 3
+    assert "problem" in capsys.readouterr().out
+
+
+def test_quality_of_an_encoder_on_a_text(tmp_path, capsys):
+    model, _ = load_model(minilm_folder())
+    store = Store(tmp_path / "store")
+    run = pifa_compile.compress(model, Svd(density=0.9), store=store, progress=False).run_id
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Sentence number {i} speaks of the weather in month {i % 12}." for i in range(8)))
+    command = ["verify", run, "--store", str(store.root), "--json"]
+    assert main([*command, "--model", str(minilm_folder()), "--text", str(text)]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"][run]
+    assert 0.5 < quality["mean_cosine"] <= 1.0001
+
+
+def test_a_text_without_a_model_is_a_usage_error(compressed, tmp_path):
+    assert main(["verify", "--store", str(compressed[1].root), "--text", str(tmp_path / "t")]) == 2
