@@ -114,9 +114,9 @@ def run_demo(
         reports.append(report)
         name = f"pifa {density:g}"
         say(f"compiling with backend='pifa' from run {report.run_id}")
-        options: dict[str, Any] = {"store": str(store.root), "run": report.run_id, "dump": str(dump / name.replace(" ", "-"))}
-        own = _torch.own_frame(model)
-        compiled[name] = torch.compile(own, backend="pifa", dynamic=False, options=options)
+        places = {"store": str(store.root), "dump": str(dump / name.replace(" ", "-"))}
+        options: dict[str, Any] = places | {"run": report.run_id}
+        compiled[name] = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
         rows.append(_row(name, report, store, task.quality(compiled[name]), rows[0]))
     say("timing")
     for row, times in zip(rows, _times(list(compiled.values()), task.inputs, seconds), strict=True):

@@ -2,7 +2,7 @@
 
 What is caught: a new parameter in the place of the old (an identity guard of Dynamo), in-place edits and
 ``load_state_dict`` (the tensor's version), and ``weight.data = ...`` (its address). An edit through ``weight.data``
-itself, such as ``weight.data.mul_(2)``, leaves no trace and cannot be seen; nor can edits of inference tensors in place.
+itself, such as ``weight.data.mul_(2)``, leaves no trace and cannot be seen; nor can edits of inference tensors.
 """
 
 from __future__ import annotations

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from pifa_compile.compression.blocks import Call, find_groups, find_stacks, stop, stopping, token_rows, without_cache
+from pifa_compile.compression.blocks import (
+    Call,
+    find_groups,
+    find_stacks,
+    runs_in_order,
+    stop,
+    stopping,
+    token_rows,
+    without_cache,
+)
 from pifa_compile.compression.calibration import gradient_moments
 from pifa_compile.layers import linear_weights
 
@@ -100,6 +109,7 @@ def test_the_groups_of_ten_architectures_are_found(kind):
         assert stack.name == MODELS[kind][3]
         assert [tuple(g) for g in found] == MODELS[kind][4]
     assert len(stack.blocks) == 2
+    assert runs_in_order(model, stack, batch)
     assert sorted(n for g in groups for n in g) == sorted(names_of(model)), "every layer is in one group"
 
 
@@ -144,6 +154,25 @@ def test_a_model_without_repeated_blocks_has_no_stack():
     stacked = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
     (stack,) = find_stacks(stacked)
     assert (stack.name, stack.prefixes) == ("", ("0.", "1.", "2."))
+
+
+def test_blocks_that_do_not_run_one_after_the_other_are_no_stack():
+    class Branches(nn.Module):
+        def __init__(self, chained):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+            self.chained = chained
+
+        def forward(self, x):
+            total = x
+            for block in self.blocks:
+                total = block(total) if self.chained else total + block(x)
+            return total
+
+    for chained in (True, False):
+        model = Branches(chained)
+        (stack,) = find_stacks(model)
+        assert runs_in_order(model, stack, {"x": torch.randn(2, 4)}) is chained
 
 
 def test_rows_of_padding_and_of_channels():

@@ -6,6 +6,7 @@ linear layers received one and the same tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +43,30 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if len(blocks) > 1 and not inside and len({type(block) for block in blocks}) == 1 and all(map(_inner, blocks)):
             found.append(Stack(name, blocks))
     return found
+
+
+@torch.no_grad()
+def runs_in_order(model: nn.Module, stack: Stack, batch: Batch) -> bool:
+    """Whether the model calls each block once, in order, and hands each one's output to the next as it is."""
+    called: list[int] = []
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def hook(index: int) -> Callable[..., None]:
+        def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            called.append(index)
+            states.append((first_tensor(arguments, keywords), _hidden_of(output)))
+
+        return note
+
+    with without_cache(model), ExitStack() as hooks:
+        for index, block in enumerate(stack.blocks):
+            hooks.callback(block.register_forward_hook(hook(index), with_kwargs=True).remove)
+        model(**batch)
+    handed = all(
+        before.data_ptr() == after.data_ptr() and before.shape == after.shape
+        for (_, before), (after, _) in itertools.pairwise(states)
+    )
+    return called == list(range(len(stack.blocks))) and handed
 
 
 def _inner(block: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pifa_compile.compression.allocation import allocate, rank_options, tail_losses
-from pifa_compile.compression.blocks import Group, find_stacks, without_cache
+from pifa_compile.compression.blocks import Group, find_stacks, runs_in_order, without_cache
 from pifa_compile.compression.calibration import Calibration, gradient_moments
 from pifa_compile.compression.flows import Captured, Plan, TwoFlows, capture, find_plan, input_width, watch_block
 from pifa_compile.compression.layer import (
@@ -67,6 +68,7 @@ def compress_calibrated(
     Raises WeightError naming the layer if a weight or its inputs are not finite, RecipeError for a budget that no
     choice of ranks fits.
     """
+    calibration = calibration.to(next(model.parameters()).device)
     layers = distinct_layers(weights, recipe)
     header = run_header(recipe, layers, label, revision, calibration.identity)
     with store.write_run(header) as writer, progress_bar(len(layers), header.run_id, progress) as bar:
@@ -135,7 +137,9 @@ class _Walk:
 @torch.no_grad()
 def _run(state: _Walk) -> None:
     model, calibration = state.model, state.calibration
-    plan = find_plan(model, find_stacks(model), list(state.named), calibration.batches[0])
+    first = calibration.batches[0]
+    stacks = [stack for stack in find_stacks(model) if runs_in_order(model, stack, first)]
+    plan = find_plan(model, stacks, list(state.named), first)
     read = {name for group in plan.groups for name in group.names}
     for layer in dict.fromkeys(state.named.values()):
         if not read.intersection(layer.names):
@@ -148,8 +152,8 @@ def _run(state: _Walk) -> None:
     held = capture(model, plan, calibration.held_out, outside_held)
     _plan_ranks(state, plan, rows, outside)
     for group in plan.outside:
-        first = group.names[0]
-        _compress_group(state, group, outside[first], outside_held[first])
+        name = group.names[0]
+        _compress_group(state, group, outside[name], outside_held[name])
     for stack, captured, captured_held, blocks in zip(plan.stacks, rows, held, plan.inside, strict=True):
         _walk_stack(state, stack.prefixes, stack.blocks, blocks, captured, captured_held)
 
@@ -169,7 +173,8 @@ def _gradients(state: _Walk, names: Sequence[str]) -> dict[str, Tensor]:
     shapes = [state.named[name].weight.shape for name in names]
     form = "diagonal" if wanted == "diagonal" or sum(8 * m * m for m, _ in shapes) > GRADIENT_BYTES else "full"
     found = gradient_moments(state.model, names, state.calibration.batches, form, state.recipe.seed)
-    return {name: moments.mean() for name, moments in found.items()}
+    means = {name: moments.mean() for name, moments in found.items()}
+    return {name: h for name, h in means.items() if 0 < float(h.sum() if h.dim() == 1 else h.trace()) < math.inf}
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -183,12 +188,27 @@ def _plan_ranks(
     for layer in state.layers:
         if layer.reason is None and layer.override:
             state.ranks[layer.key] = override_rank(layer, recipe)
-    if recipe.allocation == "uniform":
-        shapes = [layer.weight.shape for layer in state.free]
-        ranks = plan_uniform(shapes, recipe.density, recipe.rank_multiple, recipe.form)
-        state.ranks |= {layer.key: r for layer, r in zip(state.free, ranks, strict=True)}
-        return
     tails: dict[Any, list[float]] = {}
+    if recipe.allocation != "uniform":
+        _price(state, plan, rows, outside, tails)
+        priced = {layer.key: layer.weight.shape for layer in state.free if layer.key in tails}
+        state.ranks |= _allocated(recipe, priced, tails)
+    others = [layer for layer in state.free if layer.key not in tails]
+    ranks = plan_uniform([layer.weight.shape for layer in others], recipe.density, recipe.rank_multiple, recipe.form)
+    state.ranks |= {layer.key: r for layer, r in zip(others, ranks, strict=True)}
+
+
+def _price(
+    state: _Walk,
+    plan: Plan,
+    rows: Sequence[Sequence[Captured]],
+    outside: Mapping[str, SecondMoments],
+    tails: dict[Any, list[float]],
+) -> None:
+    """Price every layer, from one run of the dense model block by block.
+
+    Layers that the loss does not depend on, as far as the gradients tell, get no price but the common density.
+    """
     for group in plan.outside:
         _price_group(state, group, outside[group.names[0]], tails)
     for stack, captured, blocks in zip(plan.stacks, rows, plan.inside, strict=True):
@@ -198,8 +218,6 @@ def _plan_ranks(
             hidden = watch_block(block, index, captured, hidden, _seen(moments, prefix))
             for group in groups:
                 _price_group(state, group, moments[group.names[0]], tails)
-    priced = {layer.key: layer.weight.shape for layer in state.free if layer.key in tails}
-    state.ranks |= _allocated(recipe, priced, tails)
 
 
 def _price_group(state: _Walk, group: Group, moments: SecondMoments, tails: dict[Any, list[float]]) -> None:
@@ -209,7 +227,7 @@ def _price_group(state: _Walk, group: Group, moments: SecondMoments, tails: dict
     whitening = whiten(moments.gram, moments.count)
     for name in group.names:
         layer = state.named[name]
-        if not layer.free or layer.key in tails:
+        if not layer.free or layer.key in tails or (recipe.allocation == "loss" and name not in state.gradients):
             continue
         if bool(layer.matrix.any()):
             check_weight(layer.matrix, layer.name)
@@ -227,6 +245,8 @@ def _allocated(
 ) -> dict[Any, int]:
     """The rank of every layer; in steps of one where no choice of multiples is small enough."""
     budget = recipe.density * sum(m * n for m, n in shapes.values())
+    if not shapes:
+        return {}
     for multiple in (recipe.rank_multiple, 1):
         options = [rank_options(m, n, tails[key], multiple, recipe.form) for key, (m, n) in shapes.items()]
         chosen = allocate(options, budget)

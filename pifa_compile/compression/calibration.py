@@ -44,6 +44,14 @@ class Calibration:
     held_out: tuple[Batch, ...]
     identity: dict[str, Any]
 
+    def to(self, device: torch.device) -> Calibration:
+        """The same with all tensors on a device."""
+        moved = [
+            tuple({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in part)
+            for part in (self.batches, self.held_out)
+        ]
+        return Calibration(moved[0], moved[1], self.identity)
+
 
 def calibrate_on(
     model: nn.Module,
