@@ -194,10 +194,9 @@ def walk_until_killed(root, count):
     run_of(language_model(), store=root)
 
 
-@pytest.mark.parametrize("count", [2, 9])
-def test_a_walk_that_was_killed_goes_on_and_gives_the_same_run(store, tmp_path, count):
+def test_a_walk_that_was_killed_goes_on_and_gives_the_same_run(store, tmp_path):
     whole = run_of(language_model(), store=tmp_path / "other")
-    code = f"import runpy; runpy.run_path({__file__!r})['walk_until_killed']({str(store.root)!r}, {count})"
+    code = f"import runpy; runpy.run_path({__file__!r})['walk_until_killed']({str(store.root)!r}, 9)"
     path = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -205,7 +204,7 @@ def test_a_walk_that_was_killed_goes_on_and_gives_the_same_run(store, tmp_path, 
     assert not begun.complete
     counters.clear()
     run = run_of(language_model(), store=store)
-    assert counters["pifa"]["factored"] == len(replaced(whole)) - (count - 1)
+    assert counters["pifa"]["factored"] == len(replaced(whole)) - 8, "what was finished is not done again"
     assert facts(run) == facts(whole)
 
 
