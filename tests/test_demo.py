@@ -36,14 +36,14 @@ def causal(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
-    text.write_text("A small text, again and again, until it is long enough to be cut into windows. " * 20)
+    text.write_text("".join(f"Line {i} of a small text that is long enough for windows. " for i in range(400)))
     return tmp_path / "model", text
 
 
 def test_minilm_on_real_english(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "BATCHES", (4,))
     steps = []
-    result = run_demo(densities=(0.8,), out=tmp_path, seconds=0.1, say=steps.append)
+    result = run_demo(densities=(0.8,), method="svd", out=tmp_path, seconds=0.1, say=steps.append)
     dense, ours = result.rows
     assert dense.quality["mean_cosine"] == pytest.approx(1.0, abs=1e-5)
     assert 0.3 < ours.quality["mean_cosine"] < 1.0
@@ -69,7 +69,8 @@ def test_a_causal_model_is_judged_by_perplexity_on_a_text(causal, tmp_path, caps
     dense, ours = found["rows"]
     assert dense["quality"]["perplexity"] == pytest.approx(256, rel=0.2)  # an untrained model over 256 bytes
     assert ours["quality"]["perplexity"] != dense["quality"]["perplexity"]
-    assert "4 windows of 256 tokens" in found["data"]
+    assert "4 windows of 256 tokens of the second half" in found["data"]
+    assert found["method"] == "mpifa"
 
 
 def test_a_missing_text_is_one_line_and_exit_code_1(causal, tmp_path, capsys):
