@@ -1,7 +1,7 @@
 """Seconds and error of every way to choose pivots, for one weight: python bench/pivoting.py [m n r].
 
 m = out_features, n = in_features, r = rank. The low-rank weight is made with singular values from 1 to 0.01, so that no
-decomposition of it has to be waited for. Seconds are medians; the error is that of the stored factors against the weight.
+decomposition of it has to be waited for. Seconds are medians; the error is the stored factors' against the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tabulate import tabulate
 from pifa_compile.digest import cast_digests, digest
 from pifa_compile.pivoting import LowRank, choose_pivots, pivot
 
-REPEATS = 5
+REPEATS = 3
 
 
 def make(m: int, n: int, r: int) -> LowRank:
