@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pifa_compile.digest import digest_many
 from pifa_compile.passes.plan import Context, LinearSite, PassResult
+from pifa_compile.staleness import weight_state
 from pifa_compile.store import Run
 
 UNKNOWN = "no factors: the weight is not in run {run}; compress the whole model, or give a density"
@@ -38,17 +39,13 @@ def weight_digests(weights: Sequence[Tensor | None]) -> list[str]:
     A change is seen as Tensor._version or the data pointer sees it: an in-place edit through ``.data`` is not.
     """
     tensors = [w for w in weights if w is not None]
-    fresh = [w for w in tensors if _KNOWN.get(w, (None,))[0] != _state(w)]
+    fresh = [w for w in tensors if _KNOWN.get(w, (None,))[0] != weight_state(w)]
     for weight, found in zip(fresh, digest_many([w.detach() for w in fresh]), strict=True):
-        _KNOWN[weight] = (_state(weight), found)
+        _KNOWN[weight] = (weight_state(weight), found)
     return [_KNOWN[w][1] for w in tensors]
 
 
 _KNOWN: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    return (-1 if weight.is_inference() else weight._version, weight.data_ptr())
 
 
 def _fill(site: LinearSite, run: Run | None) -> None:

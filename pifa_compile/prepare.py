@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pifa_compile.checkpoint import checkpoint_files, read_into
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, NoRunError
+from pifa_compile.factors import Factors
 from pifa_compile.layers import LinearWeight, linear_weights
-from pifa_compile.loaded import shared_factors
 from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, factored_module
 from pifa_compile.options import Settings, resolve
 from pifa_compile.selection import choose_run, describe
@@ -53,10 +53,13 @@ def apply_(
     if chosen is None or not any(known.values()):
         raise NoRunError(str(opened.root), [describe(r) for r in opened.runs()])
     by_parameter = {id(w.parameter): (w, known[w.name]) for w in weights}
+    own: dict[str, Factors] = {}  # layers that shared a weight share its factors
     for name, module in list(model.named_modules()):
         weight, record = by_parameter.get(id(module._parameters.get("weight")), (None, None))
         if weight is not None and record is not None and record.object is not None and record.layout == weight.layout:
-            factors = shared_factors(opened, record, weight.parameter.dtype, weight.parameter.device)
+            if record.object not in own:
+                own[record.object] = _own(opened, record, weight.parameter.dtype, weight.parameter.device)
+            factors = own[record.object]
             bias = module._parameters.get("bias")
             made = factored_module(
                 factors, bias, layout=weight.layout, channel=_channel(weight), requires_grad=trainable
@@ -96,7 +99,7 @@ def load(
         )
     for name, record in records.items():
         module = model.get_submodule(name)
-        factors = shared_factors(opened, record, wanted, torch.device(device))
+        factors = _own(opened, record, wanted, torch.device(device))
         bias = module._parameters.get("bias")
         made = factored_module(factors, bias, layout=layers[name].layout, channel=_channel(layers[name]))
         _set_module(model, name, made)
@@ -150,6 +153,11 @@ def _run_of(store: Store, source: str) -> Run:
             str(store.root), [describe(r) for r in store.runs()], f"{len(fitting)} runs were made of {source!r}"
         )
     return fitting[0]
+
+
+def _own(store: Store, record: LayerRecord, dtype: torch.dtype, device: torch.device) -> Factors:
+    """Factors that belong to the model alone: it may train or overwrite them."""
+    return store.factors(record).to(dtype=dtype, device=device)
 
 
 def _channel(weight: LinearWeight) -> int:

@@ -27,19 +27,20 @@ class Watch:
     def __init__(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         self._names = [name for name, _ in weights]
         self._weights = [weakref.ref(t) for _, t in weights]
-        self._states = [_state(t) for _, t in weights]
+        self._states = [weight_state(t) for _, t in weights]
         self.fresh = True
 
     def changed(self) -> str | None:
         """The name of the first weight that is not as it was; a few microseconds for hundreds of weights."""
         for reference, state, name in zip(self._weights, self._states, self._names, strict=True):
             weight = reference()
-            if weight is None or _state(weight) != state:
+            if weight is None or weight_state(weight) != state:
                 return name
         return None
 
 
-def _state(weight: Tensor) -> tuple[int, int]:
+def weight_state(weight: Tensor) -> tuple[int, int]:
+    """What a change of the weight's content changes: its version (-1 for an inference tensor) and its address."""
     return (-1 if weight.is_inference() else weight._version, weight.data_ptr())
 
 

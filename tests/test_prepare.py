@@ -105,6 +105,17 @@ def test_state_dict_deepcopy_and_pickle_round_trips():
     assert names == {"pivot_rows", "coefficients", "row_order", "bias"}
 
 
+def test_a_prepared_model_that_is_edited_changes_no_other():
+    model, x = compressed(nn.Sequential(nn.Linear(32, 48))), torch.randn(3, 32)
+    first, second = (pifa_compile.apply_(copy.deepcopy(model)) for _ in range(2))
+    with torch.no_grad():
+        transparent = torch.compile(model, backend="pifa", options={"inner": "eager"})
+        expected, compiled = second(x), transparent(x)
+        first[0].pivot_rows.mul_(2.0)
+        assert not torch.allclose(first(x), expected)
+        assert torch.equal(second(x), expected) and torch.equal(transparent(x), compiled)
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_casts(cast):
     model, x = compressed(Mixed()), torch.randn(3, 8, 32)
