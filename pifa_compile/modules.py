@@ -25,7 +25,48 @@ lowering.register()
 _torch.add_cache_key_tag(cache_tag())
 
 
-class PifaLinear(nn.Module):
+class _Factored(nn.Module):
+    """What both factored layers share: the kind of layer they stand for, their sizes, and a convolution's channels."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, bias: Tensor | None, layout: Layout, channel: int, requires_grad: bool) -> None:
+        super().__init__()
+        self.layout: Layout = layout
+        self.channel = channel
+        self.bias = _parameter(bias, requires_grad)
+
+    def factors(self) -> Factors:
+        """The layer's factors, sharing memory with it."""
+        raise NotImplementedError
+
+    def _apply_factors(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        return self.factors().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.factors().shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.factors().rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
+        if self.channel == -1:
+            return self._apply_factors(x)
+        y = self._apply_factors(x.movedim(self.channel, -1)).movedim(-1, self.channel)
+        return y.contiguous() if x.is_contiguous() else y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class PifaLinear(_Factored):
     """y = x W^T + b for a weight W (m x n) of rank r kept as pivot rows, coefficients and row order.
 
     pivot_rows    parameter, r x n
@@ -39,7 +80,6 @@ class PifaLinear(nn.Module):
     coefficients: nn.Parameter
     row_order: Tensor
     gather_order: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -50,29 +90,13 @@ class PifaLinear(nn.Module):
         channel: int = -1,
         requires_grad: bool = False,
     ) -> None:
-        super().__init__()
-        self.layout: Layout = layout
-        self.channel = channel
+        super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad)
         self._y_exponent = round(math.log2(factors.y_scale))  # Dynamo takes an int as a constant, a float as an input
         self.pivot_rows = nn.Parameter(factors.pivot_rows, requires_grad)
         self.coefficients = nn.Parameter(factors.coefficients, requires_grad)
         self.register_buffer("row_order", factors.row_order)
         self.register_buffer("gather_order", factors.gather_order, persistent=False)
-        given = factors.bias if factors.bias is not None else bias
-        self.bias = _parameter(given, requires_grad)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
-
-    @property
-    def in_features(self) -> int:
-        return self.pivot_rows.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.row_order.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self.pivot_rows.shape[0]
 
     @property
     def y_scale(self) -> float:
@@ -81,13 +105,6 @@ class PifaLinear(nn.Module):
     def factors(self) -> PifaFactors:
         """The layer's factors, sharing memory with it."""
         return PifaFactors(self.pivot_rows.data, self.coefficients.data, self.row_order, self.y_scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
-        if self.channel != -1:
-            y = self._apply_factors(x.movedim(self.channel, -1)).movedim(-1, self.channel)
-            return y.contiguous() if x.is_contiguous() else y
-        return self._apply_factors(x)
 
     def _apply_factors(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
@@ -106,14 +123,9 @@ class PifaLinear(nn.Module):
             self.coefficients.data = coefficients.to(self.pivot_rows.device)
         return self
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
-
-class PairLinear(nn.Module):
+class PairLinear(_Factored):
     """y = x (left right)^T + b, a layer that is kept as a plain low-rank pair: left m x r, right r x n."""
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -124,39 +136,16 @@ class PairLinear(nn.Module):
         channel: int = -1,
         requires_grad: bool = False,
     ) -> None:
-        super().__init__()
-        self.layout: Layout = layout
-        self.channel = channel
+        super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad)
         self.left = nn.Parameter(factors.left, requires_grad)
         self.right = nn.Parameter(factors.right, requires_grad)
-        self.bias = _parameter(factors.bias if factors.bias is not None else bias, requires_grad)
-
-    @property
-    def in_features(self) -> int:
-        return self.right.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.left.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self.right.shape[0]
 
     def factors(self) -> PairFactors:
         """The layer's factors, sharing memory with it."""
         return PairFactors(self.left.data, self.right.data)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
-        if self.channel == -1:
-            return F.linear(F.linear(x, self.right), self.left, self.bias)
-        y = F.linear(F.linear(x.movedim(self.channel, -1), self.right), self.left, self.bias)
-        y = y.movedim(-1, self.channel)
-        return y.contiguous() if x.is_contiguous() else y
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+    def _apply_factors(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.right), self.left, self.bias)
 
 
 FactoredLinear = PifaLinear | PairLinear
