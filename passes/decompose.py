@@ -24,9 +24,12 @@ def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
     buffers = Buffers(gm)
     replaced = [s for s in context.plan.sites if isinstance(s.factors, PifaFactors)]
     chosen = [s for s in replaced if s.factors is not None and s.factors.device.type == "cpu"]
+    spelled: dict[fx.Node, fx.Node] = {}  # layers that share factors share the node that applies them
     for site in chosen:
         assert isinstance(site.factors, PifaFactors)
-        site.node = _spell_out(site.node, site.factors, buffers)
+        if site.node not in spelled:
+            spelled[site.node] = _spell_out(site.node, site.factors, buffers)
+        site.node = spelled[site.node]
     return PassResult(len(replaced), len(chosen))
 
 

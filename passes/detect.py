@@ -24,9 +24,10 @@ GRADIENT = (
 
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fill the plan with one site per linear layer, in whatever form it stands; the graph stays as it is."""
+    counted: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.target is op.linear:
-            context.plan.sites.append(_prepared_site(node, context))
+            context.plan.sites.append(_prepared_site(node, context, counted))
         elif (match := match_linear(node)) is not None:
             context.plan.sites.append(_site(node, match, context))
     return PassResult(len(context.plan.sites), 0, context.plan.skipped())
@@ -54,8 +55,11 @@ def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
     return site
 
 
-def _prepared_site(node: fx.Node, context: Context) -> LinearSite:
-    """A layer that came with factors: nothing to look up, but passes that follow may work on it."""
+def _prepared_site(node: fx.Node, context: Context, counted: set[fx.Node]) -> LinearSite:
+    """A layer that came with factors: nothing to look up, but passes that follow may work on it.
+
+    counted  the pivot rows of such layers so far, to be added to: layers that share them count them once
+    """
     x, *parts = (argument(node, i, name) for i, name in enumerate(("x", "pivot_rows", "coefficients", "row_order")))
     tensors = [context.values.get(part) for part in parts if part is not None]
     name = _torch.placeholder_name(parts[0]).removesuffix(".pivot_rows") if parts[0] is not None else node.name
@@ -66,6 +70,14 @@ def _prepared_site(node: fx.Node, context: Context) -> LinearSite:
         rows, coefficients, order = (t.detach() for t in tensors if isinstance(t, Tensor))
         y_scale = node.args[5] if len(node.args) > 5 else node.kwargs.get("y_scale", 1.0)
         site.factors = PifaFactors(rows, coefficients, order, float(y_scale))  # type: ignore[arg-type]
+    if parts[0] is not None:
+        site.shares_pivots = parts[0] in counted
+        counted.add(parts[0])
+    reader = next(iter(node.users), None)
+    if len(node.users) == 1 and reader is not None and reader.target == "narrow":  # see PifaLinear's ``rows``
+        start, length = reader.args[2:4]
+        if isinstance(start, int) and isinstance(length, int):
+            site.rows = (start, start + length)
     return site
 
 

@@ -56,5 +56,7 @@ def _fill(site: LinearSite, run: Run | None) -> None:
         site.reason = UNKNOWN.format(run=run.header.run_id)
     elif site.record.layout != site.layout:
         site.reason = f"the factors in run {run.header.run_id} are of the weight's transpose"
-    elif site.record.object is None:
+    elif site.record.object is not None:
+        site.rows = site.record.rows_of(site.digest or "")
+    else:
         site.reason = site.record.reason or "left dense when the model was compressed"

@@ -168,7 +168,7 @@ def _linear(site: LinearSite) -> dict[str, Any]:
 
 def _totals(plan: Plan, linears: list[dict[str, Any]]) -> dict[str, int]:
     """Sums over the calls in factored form (taken), and over all; bytes count each weight once."""
-    taken = {i: row for i, row in enumerate(linears) if row["state"] in ("pifa", "pair")}
+    taken = {i: row for i, row in enumerate(linears) if row["state"].startswith(("pifa", "pair"))}
     weights = {plan.sites[i].weight: row for i, row in taken.items() if row["bytes_before"]}
     sums: dict[str, int] = {"taken": len(taken), "linears": len(linears)}
     for when in ("before", "after"):

@@ -37,6 +37,8 @@ class LinearSite:
     digest   of the weight's content, by which the store knows it
     inner    the first half of a low-rank pair whose second half this is, once both became one layer
     folded   whether this is such a first half: it counts with the second
+    rows     where its rows begin and end in factors that it shares with other layers; None where they are its own
+    shares_pivots  whether the pivot rows it came with were counted with a layer before it
     """
 
     node: fx.Node
@@ -56,6 +58,8 @@ class LinearSite:
     factors: Factors | None = None
     inner: LinearSite | None = None
     folded: bool = False
+    rows: tuple[int, int] | None = None
+    shares_pivots: bool = False
 
     @property
     def open(self) -> bool:
@@ -73,7 +77,10 @@ class LinearSite:
         if self.inner is not None and self.factors is not None:
             return self.factors.shape
         if self.parameter is None or self.parameter.dim() < 2:
-            return None if self.factors is None else self.factors.shape
+            if self.factors is None:
+                return None
+            m, n = self.factors.shape
+            return (m, n) if self.rows is None else (self.rows[1] - self.rows[0], n)
         return matrix_shape(self.parameter, self.layout)
 
     @property
@@ -90,8 +97,11 @@ class LinearSite:
         m, n = self.shape
         if self.inner is not None and self.factors is not None:
             return sum(s.parameter.numel() for s in (self, self.inner) if s.parameter is not None), self.factors.numbers
+        if self.rows is not None and self.reason is None and self.record is not None:
+            start, stop = (self.record.numbers * row // self.record.shape[0] for row in self.rows)
+            return m * n, stop - start
         if self.factors is not None:
-            return m * n, self.factors.numbers
+            return m * n, self.factors.numbers - (self.factors.rank * n if self.shares_pivots else 0)
         taken = self.reason is None and self.record is not None and self.record.object is not None
         return m * n, self.record.numbers if taken and self.record is not None else m * n
 

@@ -5,12 +5,24 @@
                                                                   (x of the first half, where it is a pair)
     or       y = linear(linear(x, right), left, bias)                       (a layer kept as a plain pair)
 
+Layers that share one factorization and read the same x become one operator on their stacked rows, split after it:
+
+    before   q = linear(x, weight_q); k = linear(x, weight_k, bias_k)
+    after    y = pifa::linear(x, pivot_rows, coefficients, row_order)
+             q = y.narrow(-1, 0, m_q); k = y.narrow(-1, m_q, m_k) + bias_k
+
+One of them alone runs on the same pivot rows and its own part of the coefficients.
+
 The factors become buffers of the graph module, which keeps both compile caches working, makes them static for CUDA
 graphs and keeps their values out of Inductor's cache files. The dtype of the original node is the contract: under
 autocast x and the factors are cast to it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,20 +34,47 @@ from pifa_compile.passes.plan import Context, LinearSite, PassResult, cast, in_p
 
 
 def replace(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Replace every open site that has a record; its node becomes the node of the replacement."""
+    """Replace every open site that has a record; its node becomes the node that applies its factors."""
     buffers = Buffers(gm)
     moved: dict[fx.Node, fx.Node] = {}  # a layer may read another that was replaced before it
+    stacked: dict[Any, fx.Node] = {}  # the output of factors that several layers share
     changed = 0
+    together = _together(context.plan.sites)
     for site in context.plan.sites:
         if site.open and site.parameter is not None and (site.record is not None or site.factors is not None):
             dtype = output_dtype(site.node, site.parameter)
+            old, x = site.node, site.x if site.inner is None else site.inner.x
+            key = together.get(id(site))
             if site.factors is None and site.record is not None:
                 site.factors = context.load(site.record, site.parameter.detach().new_empty(0, dtype=dtype))
+                if site.rows is not None and key is None:
+                    site.factors, site.rows = site.factors.part(*site.rows), None
             assert site.factors is not None
-            old, x = site.node, site.x if site.inner is None else site.inner.x
-            moved[old] = _replace_site(site, moved.get(x, x), site.factors, dtype, buffers)
+            with in_place_of(old) as graph:
+                if key is None or key not in stacked:
+                    stacked[key] = _apply_factors(site, moved.get(x, x), site.factors, dtype, buffers, graph)
+                site.node = stacked[key]
+                moved[old] = new = _output(site, old, graph, dtype)
+            take_place(new, old)
             changed += 1
     return PassResult(len(context.plan.sites), changed, context.plan.skipped())
+
+
+def _together(sites: Sequence[LinearSite]) -> dict[int, Any]:
+    """By the id of the site: a key of the sites of one graph that read the same x, share factors and are all there."""
+    found: dict[Any, list[LinearSite]] = {}
+    for site in sites:
+        if site.open and site.rows is not None and site.record is not None and site.parameter is not None:
+            key = (site.record.object, site.x, output_dtype(site.node, site.parameter))
+            found.setdefault(key, []).append(site)
+    whole = {k: s for k, s in found.items() if sorted(m for site in s if (m := site.rows)) == _all_rows(s[0])}
+    return {id(site): key for key, members in whole.items() for site in members}
+
+
+def _all_rows(site: LinearSite) -> list[tuple[int, int]]:
+    assert site.record is not None
+    ends = list(accumulate(member.m for member in site.record.members))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def output_dtype(node: fx.Node, weight: Tensor) -> torch.dtype:
@@ -63,31 +102,46 @@ class Buffers:
         return node
 
 
-def _replace_site(site: LinearSite, given: fx.Node, factors: Factors, dtype: torch.dtype, buffers: Buffers) -> fx.Node:
-    """Write the replacement of a site that reads ``given``; returns the node with the layer's output."""
-    old = site.node
-    with in_place_of(old) as graph:
-        x = cast(graph, given, dtype)
-        if site.channel != -1:
-            x = graph.call_method("movedim", (x, site.channel, -1))
-        bias = None if site.bias is None else cast(graph, site.bias, dtype)
-        if factors.bias is not None:
-            bias = buffers.get(factors.bias, "bias")
-        parts = [buffers.get(t, name) for name, t in factors.tensors().items() if name != "bias"]
-        if isinstance(factors, PairFactors):
-            left, right = parts
-            inner = graph.call_function(_torch.linear_function(), (x, right))
-            new = graph.call_function(_torch.linear_function(), (inner, left, bias))
-        else:
-            new = graph.call_function(pifa_linear, (x, *parts, bias, factors.y_scale))
-    site.node = new
+def _apply_factors(
+    site: LinearSite, given: fx.Node, factors: Factors, dtype: torch.dtype, buffers: Buffers, graph: fx.Graph
+) -> fx.Node:
+    """Write the node that applies the factors of a site to what it reads."""
+    x = cast(graph, given, dtype)
     if site.channel != -1:
-        with in_place_of(old) as graph:
-            new = graph.call_method("movedim", (new, -1, site.channel))
-            if _is_contiguous(old):  # as a convolution leaves it, for readers that view it
-                new = graph.call_method("contiguous", (new,))
-    take_place(new, old)
-    return new
+        x = graph.call_method("movedim", (x, site.channel, -1))
+    bias = None
+    if factors.bias is not None:
+        bias = buffers.get(factors.bias, "bias")
+    elif site.bias is not None and not _is_part(site):
+        bias = cast(graph, site.bias, dtype)
+    parts = [buffers.get(t, name) for name, t in factors.tensors().items() if name != "bias"]
+    if isinstance(factors, PairFactors):
+        left, right = parts
+        inner = graph.call_function(_torch.linear_function(), (x, right))
+        return graph.call_function(_torch.linear_function(), (inner, left, bias))
+    return graph.call_function(pifa_linear, (x, *parts, bias, factors.y_scale))
+
+
+def _output(site: LinearSite, old: fx.Node, graph: fx.Graph, dtype: torch.dtype) -> fx.Node:
+    """Write what makes the output of a site of that of its factors: its rows, its bias, its channels."""
+    y = site.node
+    if _is_part(site):
+        assert site.shape is not None and site.factors is not None
+        start, stop = site.rows or (0, site.shape[0])
+        y = graph.call_method("narrow", (y, -1, start, stop - start))
+        if site.bias is not None and site.factors.bias is None:
+            y = graph.call_function(torch.add, (y, cast(graph, site.bias, dtype)))
+    if site.channel != -1:
+        y = graph.call_method("movedim", (y, -1, site.channel))
+        if _is_contiguous(old):  # as a convolution leaves it, for readers that view it
+            y = graph.call_method("contiguous", (y,))
+    return y
+
+
+def _is_part(site: LinearSite) -> bool:
+    """Whether the factors have more rows than the site's layer."""
+    assert site.shape is not None and site.factors is not None
+    return site.factors.shape[0] != site.shape[0]
 
 
 def _is_contiguous(node: fx.Node) -> bool:

@@ -29,16 +29,20 @@ def site_row(site: LinearSite) -> dict[str, Any]:
     before, after = site.numbers()
     m, n = site.shape or (0, 0)
     form = _form(site)
+    flop = 0 if site.folded else flop_per_token(form, m, n, site.rank or 0)  # type: ignore[arg-type]
+    if site.rows is not None and site.record is not None and form != "dense":
+        whole = site.record.shape[0]  # a layer's share of what it does together with others
+        flop = flop_per_token(site.record.form, whole, n, site.rank or 0) * m // whole
     return {
         "name": site.name,
         "shape": [m, n] if site.shape else None,
-        "state": form,
+        "state": form if site.rows is None or form == "dense" else f"{form}, joint",
         "rank": site.rank if form != "dense" else None,
         "numbers_before": before,
         "numbers_after": after,
         "density": after / before if before else None,
         "flop_before": 2 * before,
-        "flop_after": 0 if site.folded else flop_per_token(form, m, n, site.rank or 0),  # type: ignore[arg-type]
+        "flop_after": flop,
         "error": site.record.error if site.record is not None and form != "dense" else None,
         "reason": site.reason,
         "source": site.source,

@@ -133,6 +133,25 @@ class PifaFactors:
         named = {"pivot_rows": self.pivot_rows, "coefficients": self.coefficients, "row_order": self.row_order}
         return named if self.bias is None else named | {"bias": self.bias}
 
+    def part(self, start: int, stop: int) -> PifaFactors:
+        """Factors of the rows from ``start`` to ``stop``, followed by the pivot rows that are outside of them.
+
+        So one layer of a joint group can be run alone, from the same pivot rows (shared, not copied) and its own rows
+        of the coefficients, without another rounding. Its output is the first ``stop - start`` features.
+        """
+        r, order = self.rank, self.row_order.to(torch.int64)
+        inside = (order >= start) & (order < stop)
+        kept = inside[r:].nonzero().flatten()
+        foreign = torch.arange(r, device=order.device)[~inside[:r]]
+        places = torch.empty(r, dtype=torch.int64, device=order.device)
+        places[inside[:r]] = order[:r][inside[:r]] - start
+        places[foreign] = stop - start + torch.arange(len(foreign), device=order.device)
+        row_order = torch.cat([places, order[r:][kept] - start]).to(torch.int32)
+        bias = None
+        if self.bias is not None:
+            bias = torch.cat([self.bias[start:stop], self.bias.new_zeros(len(foreign))])
+        return PifaFactors(self.pivot_rows, self.coefficients[kept], row_order, self.y_scale, bias)
+
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The m x n weight that the factors stand for (C P, rows in their places), in ``dtype``."""
         pivot_rows = self.pivot_rows.to(dtype)
@@ -207,6 +226,11 @@ class PairFactors:
         """The tensors by their field name, for storage."""
         named = {"left": self.left, "right": self.right}
         return named if self.bias is None else named | {"bias": self.bias}
+
+    def part(self, start: int, stop: int) -> PairFactors:
+        """Factors of the rows from ``start`` to ``stop``, with the same right side (shared, not copied)."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return PairFactors(self.left[start:stop], self.right, bias)
 
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The m x n weight that the factors stand for, in ``dtype``."""

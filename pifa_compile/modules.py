@@ -8,6 +8,7 @@ compiles well with torch's own backend.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,14 +27,21 @@ _torch.add_cache_key_tag(cache_tag())
 
 
 class _Factored(nn.Module):
-    """What both factored layers share: the kind of layer they stand for, their sizes, and a convolution's channels."""
+    """What both factored layers share: the kind of layer they stand for, their sizes, and a convolution's channels.
+
+    rows  how many of the factors' rows are the layer's outputs; the others are pivot rows of layers that it shares them
+          with, see ``PifaFactors.part``
+    """
 
     bias: nn.Parameter | None
 
-    def __init__(self, bias: Tensor | None, layout: Layout, channel: int, requires_grad: bool) -> None:
+    def __init__(
+        self, bias: Tensor | None, layout: Layout, channel: int, requires_grad: bool, rows: int | None = None
+    ) -> None:
         super().__init__()
         self.layout: Layout = layout
         self.channel = channel
+        self.rows = rows
         self.bias = _parameter(bias, requires_grad)
 
     def factors(self) -> Factors:
@@ -49,7 +57,7 @@ class _Factored(nn.Module):
 
     @property
     def out_features(self) -> int:
-        return self.factors().shape[0]
+        return self.rows or self.factors().shape[0]
 
     @property
     def rank(self) -> int:
@@ -62,6 +70,11 @@ class _Factored(nn.Module):
         y = self._apply_factors(x.movedim(self.channel, -1)).movedim(-1, self.channel)
         return y.contiguous() if x.is_contiguous() else y
 
+    def weight_matrix(self) -> Tensor:
+        """The m x n weight that the factors stand for (C P), in their dtype."""
+        factors = self.factors()
+        return factors.weight()[: self.rows].to(factors.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
@@ -73,6 +86,7 @@ class PifaLinear(_Factored):
     coefficients  parameter, (m-r) x r
     row_order     buffer, m int32: entry i is the output row of position i in [pivots, others]
     bias          parameter, m, or None
+    rows          how many of the m rows are outputs, where the pivot rows are shared with other layers; None: all
     channel       the dimension of x that holds the features, from the end: -1, or that of a convolution's channels
     """
 
@@ -89,11 +103,12 @@ class PifaLinear(_Factored):
         layout: Layout = "out_in",
         channel: int = -1,
         requires_grad: bool = False,
+        rows: int | None = None,
     ) -> None:
-        super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad)
+        super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad, rows)
         self._y_exponent = round(math.log2(factors.y_scale))  # Dynamo takes an int as a constant, a float as an input
-        self.pivot_rows = nn.Parameter(factors.pivot_rows, requires_grad)
-        self.coefficients = nn.Parameter(factors.coefficients, requires_grad)
+        self.pivot_rows = _own_parameter(factors.pivot_rows, requires_grad)
+        self.coefficients = _own_parameter(factors.coefficients, requires_grad)
         self.register_buffer("row_order", factors.row_order)
         self.register_buffer("gather_order", factors.gather_order, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
@@ -110,9 +125,14 @@ class PifaLinear(_Factored):
         plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
         if torch.compiler.is_compiling() or not plain:
             # One node for passes and lowerings; and under autocast, or for a wrong dtype, the operator's own rules.
-            y: Tensor = linear(x, self.pivot_rows, self.coefficients, self.row_order, self.bias, self.y_scale)
-            return y
-        y = two_linears(x, self.pivot_rows, self.coefficients, self.y_scale).index_select(-1, self.gather_order)
+            bias = self.bias if self.rows is None else None
+            y: Tensor = linear(x, self.pivot_rows, self.coefficients, self.row_order, bias, self.y_scale)
+            if self.rows is None:
+                return y
+            y = y.narrow(-1, 0, self.rows)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        order = self.gather_order if self.rows is None else self.gather_order[: self.rows]
+        y = two_linears(x, self.pivot_rows, self.coefficients, self.y_scale).index_select(-1, order)
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> PifaLinear:
@@ -137,8 +157,8 @@ class PairLinear(_Factored):
         requires_grad: bool = False,
     ) -> None:
         super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad)
-        self.left = nn.Parameter(factors.left, requires_grad)
-        self.right = nn.Parameter(factors.right, requires_grad)
+        self.left = _own_parameter(factors.left, requires_grad)
+        self.right = _own_parameter(factors.right, requires_grad)
 
     def factors(self) -> PairFactors:
         """The layer's factors, sharing memory with it."""
@@ -152,19 +172,38 @@ FactoredLinear = PifaLinear | PairLinear
 
 
 def factored_module(
-    factors: Factors, bias: Tensor | None, *, layout: Layout = "out_in", channel: int = -1, requires_grad: bool = False
+    factors: Factors,
+    bias: Tensor | None,
+    *,
+    rows: tuple[int, int] | None = None,
+    layout: Layout = "out_in",
+    channel: int = -1,
+    requires_grad: bool = False,
 ) -> FactoredLinear:
-    """The module for factors of either form."""
+    """The module for factors of either form, or for the ``rows`` of them that are one layer's.
+
+    Modules made of the same factors share the parameters that they have in common.
+    """
     settings: dict[str, Any] = {"layout": layout, "channel": channel, "requires_grad": requires_grad}
-    if isinstance(factors, PairFactors):
-        return PairLinear(factors, bias, **settings)
-    return PifaLinear(factors, bias, **settings)
+    part = factors if rows is None else factors.part(*rows)
+    if isinstance(part, PairFactors):
+        return PairLinear(part, bias, **settings)
+    return PifaLinear(part, bias, rows=None if rows is None else rows[1] - rows[0], **settings)
+
+
+def as_parameters(factors: Factors, requires_grad: bool = False) -> Factors:
+    """The factors with parameters for matrices, so that all modules made of them share these."""
+    matrices = {name: t for name, t in factors.tensors().items() if t.dim() == 2}
+    made: dict[str, Any] = {name: nn.Parameter(t, requires_grad) for name, t in matrices.items()}
+    return replace(factors, **made)
 
 
 def _parameter(tensor: Tensor | None, requires_grad: bool) -> nn.Parameter | None:
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad)
+    return None if tensor is None else _own_parameter(tensor, requires_grad)
+
+
+def _own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad)
 
 
 def _refresh(module: nn.Module, _: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import scipy.linalg
@@ -227,6 +227,20 @@ def pivot(
     return PifaFactors(pivot_rows, coefficients.contiguous(), order, y_scale), float(squared.sqrt() / a.norm())
 
 
+def refit(factors: PifaFactors, low_rank: LowRank, gram: Tensor) -> PifaFactors:
+    """The factors with the coefficients C that lose least of what the other rows make of given inputs.
+
+    gram  G, second moments of the inputs (n x n, positive definite). Minimises tr((C P - W) G (C P - W)^T) over the
+          other rows of the low-rank weight W, in float64, for the ROUNDED pivot rows P.
+    """
+    rows = factors.pivot_rows.double()
+    others = factors.row_order[factors.rank :].to(torch.int64)
+    wide = gram.to(rows)
+    wanted = low_rank.coordinates.double()[others] @ (low_rank.basis.double() @ (wide @ rows.T))
+    fitted = _solve_spd(rows @ wide @ rows.T, wanted.T).T
+    return replace(factors, coefficients=fitted.to(factors.coefficients.dtype).contiguous())
+
+
 def _scale_of(pivot_rows: Tensor) -> float:
     """A power of two that brings y_p near 1 for x of unit size: float16 then has room for 65,000 times as much."""
     longest = float(pivot_rows.float().norm(dim=1).max())
@@ -256,10 +270,10 @@ def _solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     return inverse @ right
 
 
-def pair_error(pair: PairFactors, low_rank: LowRank) -> float:
-    """Relative Frobenius error of a stored pair against the low-rank weight, in float64."""
+def weight_error(factors: Factors, low_rank: LowRank) -> float:
+    """Relative Frobenius error of stored factors against the low-rank weight, in float64."""
     exact = low_rank.coordinates.double() @ low_rank.basis.double()
-    return float((pair.weight() - exact).norm() / exact.norm())
+    return float((factors.weight() - exact).norm() / exact.norm())
 
 
 @dataclass(frozen=True)
@@ -288,25 +302,29 @@ def factorize(
     group: int = 1,
     form: str = "pifa",
     coefficients: str = "same",
+    gram: Tensor | None = None,
 ) -> Factorized:
     """Factors of a low-rank weight in ``dtype``: as asked for, else by QR pivoting, else as the pair.
 
     The next one is tried when the error of the stored factors exceeds ERROR_LIMITS (three times that for aligned
     groups, whose pivots are less free). ``form="pair"`` asks for the plain pair; ``coefficients="float16"`` for
-    coefficients, and y_p, in float16 where ``dtype`` is bfloat16.
+    coefficients, and y_p, in float16 where ``dtype`` is bfloat16. ``gram`` as in ``refit``.
     """
     mixed = torch.float16 if coefficients == "float16" and dtype == torch.bfloat16 else None
     pair = low_rank.pair(dtype)
     if form == "pair":
-        return Factorized(pair, pair_error(pair, low_rank), "none")
+        return Factorized(pair, weight_error(pair, low_rank), "none")
     attempts = [(pivoting, group)] + ([("qr", 1)] if (pivoting, group) != ("qr", 1) else [])
     smallest = float("inf")
     for name, rows in attempts:
         factors, error = pivot(low_rank, choose_pivots(low_rank.coordinates, name, rows), dtype, mixed)
         label = name if rows == 1 else f"groups of {rows}"
         if error <= ERROR_LIMITS[dtype] * (3 if rows > 1 else 1):
+            if gram is not None:
+                factors = refit(factors, low_rank, gram)
+                error = weight_error(factors, low_rank)
             return Factorized(factors, error, label)
         smallest = min(smallest, error)
     found = f"pivoted factors in {dtype} have a relative error of {smallest:.1e}"
     reason = f"kept as a pair: {found}, above {ERROR_LIMITS[dtype]:.1e}"
-    return Factorized(pair, pair_error(pair, low_rank), "none", reason)
+    return Factorized(pair, weight_error(pair, low_rank), "none", reason)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,7 +22,7 @@ from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, NoRunError
 from pifa_compile.factors import Factors
 from pifa_compile.layers import LinearWeight, linear_weights
-from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, factored_module
+from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, as_parameters, factored_module
 from pifa_compile.options import Settings, resolve
 from pifa_compile.selection import choose_run, describe
 from pifa_compile.store import LayerRecord, Run, Store
@@ -49,21 +50,16 @@ def apply_(
     weights = [w for w in linear_weights(model) if w.reason is None]
     digests = digest_many([w.parameter.detach() for w in weights])
     chosen = choose_run(opened, digests, settings)
-    known = {} if chosen is None else {w.name: chosen.by_digest.get(d) for w, d in zip(weights, digests, strict=True)}
-    if chosen is None or not any(known.values()):
+    if chosen is None or not any(d in chosen.by_digest for d in digests):
         raise NoRunError(str(opened.root), [describe(r) for r in opened.runs()])
-    by_parameter = {id(w.parameter): (w, known[w.name]) for w in weights}
-    own: dict[str, Factors] = {}  # layers that shared a weight share its factors
+    by_parameter = {id(w.parameter): (w, d) for w, d in zip(weights, digests, strict=True)}
+    own = _Own(opened, trainable)
     for name, module in list(model.named_modules()):
-        weight, record = by_parameter.get(id(module._parameters.get("weight")), (None, None))
+        weight, digest = by_parameter.get(id(module._parameters.get("weight")), (None, ""))
+        record = chosen.by_digest.get(digest)
         if weight is not None and record is not None and record.object is not None and record.layout == weight.layout:
-            if record.object not in own:
-                own[record.object] = _own(opened, record, weight.parameter.dtype, weight.parameter.device)
-            factors = own[record.object]
-            bias = module._parameters.get("bias")
-            made = factored_module(
-                factors, bias, layout=weight.layout, channel=_channel(weight), requires_grad=trainable
-            )
+            factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
+            made = _factored(module, weight, factors, record.rows_of(digest), trainable)
             _set_module(model, name, made.train(module.training))
     return model
 
@@ -88,7 +84,7 @@ def load(
     """
     opened = _open(store)
     chosen = opened.run(run) if run is not None else _run_of(opened, str(source))
-    records = {r.name: r for r in chosen.layers if r.object is not None}
+    records = {name: (r, digests) for r in chosen.layers if r.object is not None for name, digests in r.layers}
     model = empty_model(source, dtype)
     wanted = next(model.parameters()).dtype
     layers = {w.name: w for w in linear_weights(model)}
@@ -97,14 +93,13 @@ def load(
         raise InputError(
             f"run {chosen.run_id} has layers that {type(model).__name__} has not: {', '.join(missing[:5])}"
         )
-    for name, record in records.items():
-        module = model.get_submodule(name)
-        factors = _own(opened, record, wanted, torch.device(device))
-        bias = module._parameters.get("bias")
-        made = factored_module(factors, bias, layout=layers[name].layout, channel=_channel(layers[name]))
-        _set_module(model, name, made)
-    dense = {f"{name}.weight": record for name, record in records.items()}
-    read_into(model, checkpoint_files(source), device, lambda key, t: _check(dense[key], t, verify), skip=set(dense))
+    own = _Own(opened)
+    for name, (record, digests) in records.items():
+        factors = own.factors(record, wanted, torch.device(device))
+        rows = record.rows_of(next(iter(digests.values()), ""))
+        _set_module(model, name, _factored(model.get_submodule(name), layers[name], factors, rows))
+    dense = {f"{name}.weight": (name, digests) for name, (_, digests) in records.items()}
+    read_into(model, checkpoint_files(source), device, lambda key, t: _check(*dense[key], t, verify), skip=set(dense))
     return model.to(device).eval()
 
 
@@ -155,9 +150,31 @@ def _run_of(store: Store, source: str) -> Run:
     return fitting[0]
 
 
-def _own(store: Store, record: LayerRecord, dtype: torch.dtype, device: torch.device) -> Factors:
-    """Factors that belong to the model alone: it may train or overwrite them."""
-    return store.factors(record).to(dtype=dtype, device=device)
+class _Own:
+    """Factors that belong to one model alone: it may train or overwrite them. Layers of one record share them."""
+
+    def __init__(self, store: Store, trainable: bool = False) -> None:
+        self._store, self._trainable = store, trainable
+        self._made: dict[str | None, Factors] = {}
+
+    def factors(self, record: LayerRecord, dtype: torch.dtype, device: torch.device) -> Factors:
+        """The factors of a record in ``dtype`` on ``device``, with parameters for matrices."""
+        if record.object not in self._made:
+            factors = self._store.factors(record).to(dtype=dtype, device=device)
+            self._made[record.object] = as_parameters(factors, self._trainable)
+        return self._made[record.object]
+
+
+def _factored(
+    module: nn.Module,
+    weight: LinearWeight,
+    factors: Factors,
+    rows: tuple[int, int] | None,
+    trainable: bool = False,
+) -> FactoredLinear:
+    """What takes the place of a linear module."""
+    kind: dict[str, Any] = {"layout": weight.layout, "channel": _channel(weight)}
+    return factored_module(factors, module._parameters.get("bias"), rows=rows, requires_grad=trainable, **kind)
 
 
 def _channel(weight: LinearWeight) -> int:
@@ -171,20 +188,16 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _check(record: LayerRecord, dense: Tensor, verify: bool) -> None:
+def _check(name: str, digests: dict[str, str], dense: Tensor, verify: bool) -> None:
     """Raise unless the checkpoint's weight is the one (or a cast of the one) that was compressed."""
-    if not verify:
-        return
-    known = set(record.digests.values())
-    if digest_many([dense])[0] not in known:
-        raise InputError(f"{record.name}: the checkpoint's weight is not the one that was compressed; name another run")
+    if verify and digest_many([dense])[0] not in digests.values():
+        raise InputError(f"{name}: the checkpoint's weight is not the one that was compressed; name another run")
 
 
 def _dense_module(module: FactoredLinear) -> nn.Module:
     """The dense layer of the kind that was replaced."""
-    dtype = module.factors().dtype
-    matrix = module.factors().weight().to(dtype)
-    m, n = matrix.shape
+    matrix = module.weight_matrix()
+    dtype, (m, n) = matrix.dtype, matrix.shape
     made: nn.Module
     if module.layout == "conv1x1":
         dimensions = -module.channel - 1

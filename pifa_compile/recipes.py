@@ -87,7 +87,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``recipe_from_json`` turns back into an equal recipe."""
-        return {"method": self.method, "version": self.version} | asdict(self) | {"skip": list(self.skip)}
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"method": self.method, "version": self.version} | settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,31 @@ class Svd(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Joint(Recipe):
+    """Data-free: layers that read the same input are stacked, truncated together and share their pivots.
+
+    joint  which layers of one module are joined, each a few parts with "+" between: "q", "k", "v", "gate" and "up",
+           whatever a model calls them, or patterns of names. Of groups that overlap the first is taken; all other
+           layers are truncated one by one
+    """
+
+    method: ClassVar[str] = "joint"
+
+    joint: tuple[str, ...] = ("q+k", "gate+up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "joint", _check_joint(self.joint))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibrated(Recipe):
     """What the methods share that look at what the layers read.
 
+    joint          which layers that read the same tensor may share one factorization, as in ``Joint``; where ranks are
+                   allocated, each group is joined only if less is lost that way, otherwise always
+    refit          what coefficients are fitted to the rounded pivot rows by: "weight", their own entries, or "inputs",
+                   what the layer makes of the calibration inputs
     allocation     how ranks are spread over the layers: "loss" by the estimated loss, "relative" by the relative error
                    of each layer's outputs (it may leave layers dense), "uniform" the same density in each
     windows        windows of text to calibrate on at most, or sentences with as many tokens; one in sixteen is there to
@@ -108,12 +131,16 @@ class Calibrated(Recipe):
     window_length  tokens in a window, or in a sentence at most
     """
 
+    joint: tuple[str, ...] = ()
+    refit: Literal["weight", "inputs"] = "weight"
     allocation: Literal["loss", "relative", "uniform"] = "uniform"
     windows: int = 64
     window_length: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "joint", _check_joint(self.joint))
+        _check_choice("refit", self.refit, ("weight", "inputs"))
         _check_choice("allocation", self.allocation, ("loss", "relative", "uniform"))
         for key in ("windows", "window_length"):
             if not _is_count(getattr(self, key)):
@@ -161,7 +188,7 @@ class Mpifa(Calibrated):
 
 
 #: Recipes by the name of their method.
-RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd, SvdLlm, Mpifa)}
+RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd, Joint, SvdLlm, Mpifa)}
 
 
 def recipe_for(method: str, **settings: Any) -> Recipe:
@@ -203,6 +230,15 @@ def check_density(density: Any) -> float:
 def _check_choice(key: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RecipeError(f"{key} is {value!r}; known: {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+def _check_joint(joint: Any) -> tuple[str, ...]:
+    """The groups as a tuple; raises RecipeError unless each names two parts at least."""
+    groups = joint if isinstance(joint, list | tuple) else None
+    good = groups is not None and all(isinstance(g, str) and g.count("+") and all(g.split("+")) for g in groups)
+    if groups is None or not good:
+        raise RecipeError(f"joint is {joint!r}; give a list of groups like 'q+k' and 'gate+up'")
+    return tuple(groups)
 
 
 def _is_count(value: Any) -> bool:

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from pifa_compile.compression.allocation import Option, allocate, rank_options, tail_losses
+from pifa_compile.compression.allocation import Option, allocate, allocate_choices, rank_options, tail_losses
 from pifa_compile.factors import numbers
 
 
@@ -25,6 +25,34 @@ def test_it_equals_brute_force_on_four_layers_with_five_options(seed):
     if found is not None:
         assert sum(o.loss for o in found) == pytest.approx(least, abs=1e-12)
         assert sum(o.numbers for o in found) <= budget
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layers_apart_or_joined_equal_brute_force(seed):
+    """Two choices of layers that may be joined, and one of three with two overlapping pairs."""
+    random.seed(seed)
+
+    def parts(count):
+        return [[Option(i, random.randint(1, 60), random.random()) for i in range(4)] for _ in range(count)]
+
+    choices = [[parts(2), parts(1)], [parts(1)], [parts(3), parts(2), parts(2)]]
+    budget = random.randint(10, 250)
+    found = allocate_choices(choices, budget)
+    least = min(
+        (
+            best
+            for taken in itertools.product(*choices)
+            if (best := brute_force([part for alternative in taken for part in alternative], budget)) is not None
+        ),
+        default=None,
+    )
+    assert (found is None) == (least is None)
+    if found is not None:
+        options = [option for _, chosen in found for option in chosen]
+        assert sum(o.loss for o in options) == pytest.approx(least, abs=1e-12)
+        assert sum(o.numbers for o in options) <= budget
+        for alternatives, (taken, chosen) in zip(choices, found, strict=True):
+            assert all(o in part for o, part in zip(chosen, alternatives[taken], strict=True))
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5625, 0.8])

@@ -20,10 +20,10 @@ from pifa_compile.pivoting import (
     lu_pivots,
     maxvol_pivots,
     numerical_rank,
-    pair_error,
     pivot,
     qr_pivots,
     svd_of,
+    weight_error,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -354,7 +354,7 @@ def test_a_plain_pair_can_be_asked_for(low_rank, relative, dtype):
     assert isinstance(made.factors.validate(), PairFactors)
     assert (made.factors.rank, made.factors.dtype, made.reason) == (17, dtype, None)
     assert made.error == pytest.approx(relative(made.factors.weight(), exact(given)))
-    assert made.error == pair_error(made.factors, given) <= ERROR_LIMITS[dtype]
+    assert made.error == weight_error(made.factors, given) <= ERROR_LIMITS[dtype]
     assert made.details() == {"pivoting": "none"}
 
 

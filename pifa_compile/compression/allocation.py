@@ -32,6 +32,10 @@ class Option:
     loss: float
 
 
+#: Ways to keep some layers, e.g. apart or joined: each a list of parts, each part a list of options.
+Alternatives = Sequence[Sequence[Sequence[Option]]]
+
+
 def rank_options(
     m: int, n: int, tail: Sequence[float], multiple: int = 16, form: Form = "pifa", most: int = MOST_OPTIONS
 ) -> list[Option]:
@@ -59,35 +63,74 @@ def tail_losses(singular_values: Tensor, rank: int) -> list[float]:
 def allocate(options: Sequence[Sequence[Option]], budget: float, bins: int = BINS) -> list[Option] | None:
     """One option per layer with the least sum of losses, for at most ``budget`` numbers; None where nothing fits.
 
-    Exact for costs that are whole bins (budget / bins numbers, 1 at least); else what rounding up to bins left over is
-    spent afterwards on the layers where it gains most.
+    As ``allocate_choices`` where no layers may be joined.
+    """
+    found = allocate_choices([[[layer]] for layer in options], budget, bins)
+    return None if found is None else [chosen[0] for _, chosen in found]
+
+
+def allocate_choices(
+    choices: Sequence[Alternatives], budget: float, bins: int = BINS
+) -> list[tuple[int, list[Option]]] | None:
+    """For every choice the alternative taken and one option for each of its parts; None where nothing fits.
+
+    A choice is among alternatives, e.g. two layers apart or joined; an alternative is a list of parts, each with its
+    options. The sum of losses is the least for at most ``budget`` numbers, exactly so for costs that are whole bins
+    (budget / bins numbers, 1 at least); else what rounding up to bins left over is spent afterwards on the parts where
+    it gains most.
     """
     size = max(1.0, budget / bins)
     capacity = int(budget / size)
     best = np.zeros(capacity + 1)
-    choices = []
-    for layer in options:
-        best, choice = _add_layer(best, layer, size)
-        choices.append(choice)
+    steps = []
+    for alternatives in choices:
+        best, step = _add_choice(best, alternatives, size)
+        steps.append(step)
     if not np.isfinite(best[capacity]):
         return None
-    place, chosen = capacity, []
-    for layer, choice in zip(reversed(options), reversed(choices), strict=True):
-        option = layer[int(choice[place])]
-        chosen.append(option)
-        place -= _bins(option, size)
-    return _spend_rest(options, chosen[::-1], budget)
+    place, found = capacity, []
+    for alternatives, step in zip(reversed(choices), reversed(steps), strict=True):
+        taken = int(step.taken[place])
+        parts: list[Option] = []
+        for part, choice in zip(reversed(alternatives[taken]), reversed(step.parts[taken]), strict=True):
+            option = part[int(choice[place])]
+            parts.append(option)
+            place -= _bins(option, size)
+        found.append((taken, parts[::-1]))
+    return _spend_rest(choices, found[::-1], budget)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One choice, per number of bins: the best alternative, and within each alternative the option of each part."""
+
+    taken: np.ndarray
+    parts: list[list[np.ndarray]]
 
 
 def _bins(option: Option, size: float) -> int:
     return int(np.ceil(option.numbers / size - 1e-9))
 
 
-def _add_layer(best: np.ndarray, layer: Sequence[Option], size: float) -> tuple[np.ndarray, np.ndarray]:
-    """The least loss within each number of bins with one layer more, and the option that reaches it."""
+def _add_choice(best: np.ndarray, alternatives: Alternatives, size: float) -> tuple[np.ndarray, _Step]:
+    """The least loss within each number of bins with one choice more."""
+    reached, parts = [], []
+    for alternative in alternatives:
+        after, chosen = best, []
+        for part in alternative:
+            after, choice = _add_part(after, part, size)
+            chosen.append(choice)
+        reached.append(after)
+        parts.append(chosen)
+    taken = np.argmin(reached, axis=0).astype(np.int32)
+    return np.min(reached, axis=0), _Step(taken, parts)
+
+
+def _add_part(best: np.ndarray, options: Sequence[Option], size: float) -> tuple[np.ndarray, np.ndarray]:
+    """The least loss within each number of bins with one part more, and the option that reaches it."""
     found = np.full_like(best, np.inf)
     choice = np.zeros(len(best), dtype=np.int32)
-    for index, option in enumerate(layer):
+    for index, option in enumerate(options):
         cost = _bins(option, size)
         if cost >= len(best):
             continue
@@ -98,17 +141,20 @@ def _add_layer(best: np.ndarray, layer: Sequence[Option], size: float) -> tuple[
     return found, choice
 
 
-def _spend_rest(options: Sequence[Sequence[Option]], chosen: list[Option], budget: float) -> list[Option]:
-    left = budget - sum(option.numbers for option in chosen)
+def _spend_rest(
+    choices: Sequence[Alternatives], chosen: list[tuple[int, list[Option]]], budget: float
+) -> list[tuple[int, list[Option]]]:
+    left = budget - sum(option.numbers for _, parts in chosen for option in parts)
     while True:
         gains = [
-            ((now.loss - option.loss) / (option.numbers - now.numbers), place, option)
-            for place, (layer, now) in enumerate(zip(options, chosen, strict=True))
-            for option in layer
+            ((now.loss - option.loss) / (option.numbers - now.numbers), place, index, option)
+            for place, (alternatives, (taken, parts)) in enumerate(zip(choices, chosen, strict=True))
+            for index, (part, now) in enumerate(zip(alternatives[taken], parts, strict=True))
+            for option in part
             if 0 < option.numbers - now.numbers <= left and option.loss < now.loss
         ]
         if not gains:
             return chosen
-        _, place, option = max(gains, key=lambda gain: gain[:2])
-        left -= option.numbers - chosen[place].numbers
-        chosen[place] = option
+        _, place, index, option = max(gains, key=lambda gain: gain[:3])
+        left -= option.numbers - chosen[place][1][index].numbers
+        chosen[place][1][index] = option

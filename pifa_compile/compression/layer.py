@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import resource
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from pifa_compile.factors import numbers, rank_for_density, rank_for_numbers
 from pifa_compile.layers import LinearWeight, as_matrix, is_plain, supported_dtype
 from pifa_compile.pivoting import Factorized, LowRank, factorize
 from pifa_compile.recipes import Recipe
-from pifa_compile.store import LayerRecord, RunHeader
+from pifa_compile.store import LayerRecord, Member, RunHeader
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,61 @@ class Layer:
         known = {"name": self.name, "digests": self.digests, "shape": (m, n), "layout": self.weight.layout}
         dense = {"object": None, "form": "dense", "rank": 0, "numbers": m * n, "bytes": self.weight.parameter.nbytes}
         return LayerRecord(**known | dense | {"seconds": 0.0} | facts)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Layers whose stacked rows share one factorization; mostly a single layer."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def first(self) -> Layer:
+        return self.layers[0]
+
+    @property
+    def name(self) -> str:
+        """The layer's name, or those of all: "block.q_proj+k_proj"."""
+        own = [layer.name.rpartition(".")[2] for layer in self.layers[1:]]
+        return "+".join([self.first.name, *own])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), m that of all rows."""
+        return sum(layer.weight.shape[0] for layer in self.layers), self.first.weight.shape[1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """m of each layer."""
+        return [layer.weight.shape[0] for layer in self.layers]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The stacked weight, m x n; a view where it is one layer's."""
+        return self.first.matrix if len(self.layers) == 1 else torch.cat([layer.matrix for layer in self.layers])
+
+    def record(self, **facts: Any) -> LayerRecord:
+        """The record of the factors that all layers share."""
+        if len(self.layers) == 1:
+            return self.first.record(**facts)
+        members = tuple(Member(layer.name, layer.digests, layer.weight.shape[0]) for layer in self.layers)
+        stacked = {"name": self.name, "shape": self.shape, "digests": {}, "members": members}
+        return self.first.record(**facts | stacked)
+
+    def dense(self, reason: str) -> list[LayerRecord]:
+        """Records that leave every layer dense."""
+        return [layer.record(reason=reason) for layer in self.layers]
+
+
+def can_join(layers: Sequence[Layer]) -> bool:
+    """Whether layers can be stacked: of one width and layout, with a common density, none with a twin elsewhere."""
+    alike = {(layer.weight.shape[1], layer.weight.layout, layer.weight.parameter.dtype) for layer in layers}
+    return len(alike) == 1 and all(layer.free and len(layer.names) == 1 for layer in layers)
+
+
+def layers_done(records: Iterable[LayerRecord]) -> dict[Any, LayerRecord]:
+    """The record of each layer, by what the layer and it share; one record for all layers of a unit."""
+    return {content(digests) or name: record for record in records for name, digests in record.layers}
 
 
 def distinct_layers(weights: Sequence[LinearWeight], recipe: Recipe) -> list[Layer]:
@@ -169,9 +224,12 @@ def override_rank(layer: Layer, recipe: Recipe) -> int:
     return wanted or rank_for_density(m, n, own, 1, recipe.form)
 
 
-def pivoted(fitted: Truncatable, r: int, dtype: torch.dtype, recipe: Recipe) -> Factorized:
+def pivoted(fitted: Truncatable, r: int, dtype: torch.dtype, recipe: Recipe, gram: Tensor | None = None) -> Factorized:
     """Factors of rank r in ``dtype`` as the recipe asks for them; where they would be too inexact, a pair that keeps
-    no more numbers."""
+    no more numbers.
+
+    gram  second moments of the inputs (n x n) by which coefficients are fitted to the rounded pivot rows
+    """
     low_rank = fitted.truncate(r)
     group = _group(recipe, low_rank.shape[0], low_rank.rank)
     made = factorize(
@@ -181,6 +239,7 @@ def pivoted(fitted: Truncatable, r: int, dtype: torch.dtype, recipe: Recipe) -> 
         group=group,
         form=recipe.form,
         coefficients=recipe.coefficients,
+        gram=gram,
     )
     _torch.counters()["factored"] += 1
     return made if made.factors.form == recipe.form else _smaller_pair(fitted, dtype, recipe, made)
@@ -201,18 +260,19 @@ def _group(recipe: Recipe, m: int, r: int) -> int:
     return group if m % group == 0 and r % group == 0 else 1
 
 
-def factored_record(layer: Layer, made: Factorized, digest: str, **facts: Any) -> LayerRecord:
-    """The record of a layer whose factors are in the store under ``digest``."""
+def factored_record(unit: Unit, made: Factorized, digest: str, **facts: Any) -> LayerRecord:
+    """The record of layers whose factors are in the store under ``digest``."""
     factors = made.factors
-    details = made.details() | {"dtype": _torch.dtype_name(layer.weight.parameter.dtype)} | facts.pop("details", {})
+    dtype = _torch.dtype_name(unit.first.weight.parameter.dtype)
+    details = made.details() | {"dtype": dtype} | facts.pop("details", {})
     sizes = {"form": factors.form, "rank": factors.rank, "numbers": factors.numbers, "bytes": factors.nbytes}
-    return layer.record(object=digest, error=made.error, reason=made.reason, details=details, **sizes, **facts)
+    return unit.record(object=digest, error=made.error, reason=made.reason, details=details, **sizes, **facts)
 
 
-def too_small(layer: Layer, recipe: Recipe) -> str:
-    """The reason for a layer to stay dense that no rank fits."""
-    m, n = layer.weight.shape
-    density = layer.override.get("density", recipe.density)
+def too_small(unit: Unit, recipe: Recipe) -> str:
+    """The reason for layers to stay dense that no rank fits."""
+    m, n = unit.shape
+    density = unit.first.override.get("density", recipe.density)
     return f"no rank of a {m} x {n} weight keeps {density:g} of its numbers or fewer"
 
 
@@ -224,11 +284,11 @@ def progress_bar(count: int, title: str, progress: bool) -> tqdm[Any]:
     return tqdm(total=count, desc=title, unit="layer", disable=not progress, dynamic_ncols=True)
 
 
-def show(bar: tqdm[Any], layer: Layer, record: LayerRecord) -> None:
-    """Move the bar on by one layer."""
+def show(bar: tqdm[Any], record: LayerRecord) -> None:
+    """Move the bar on by the layers of a record."""
     error = "dense" if record.truncation is None else f"error {record.truncation:.3f}"
-    bar.set_postfix_str(f"{layer.name} {error} {_peak_memory()}", refresh=False)
-    bar.update()
+    bar.set_postfix_str(f"{record.name} {error} {_peak_memory()}", refresh=False)
+    bar.update(len(record.layers))
 
 
 def _peak_memory() -> str:

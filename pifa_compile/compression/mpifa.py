@@ -9,6 +9,7 @@ flows it is the target of MPIFA (Zhao et al., ICML 2025, arXiv 2501.19090), whos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,27 @@ class OutputWeighting:
             return weighted / self.root[:, None]
         solved: Tensor = torch.linalg.solve_triangular(self.root.T, weighted, upper=True)
         return solved
+
+
+@dataclass(frozen=True, eq=False)
+class StackedWeighting:
+    """The weightings of layers whose rows are stacked, with m of each."""
+
+    parts: Sequence[OutputWeighting]
+    sizes: Sequence[int]
+
+    def apply(self, outputs: Tensor) -> Tensor:
+        """S^T Y (m x ...), S block-diagonal."""
+        rows = outputs.split(list(self.sizes))
+        return torch.cat([part.apply(own) for part, own in zip(self.parts, rows, strict=True)])
+
+    def remove(self, weighted: Tensor) -> Tensor:
+        """S^-T Z (m x ...)."""
+        rows = weighted.split(list(self.sizes))
+        return torch.cat([part.remove(own) for part, own in zip(self.parts, rows, strict=True)])
+
+
+Weighting = OutputWeighting | StackedWeighting
 
 
 def output_weighting(moments: Tensor | None, damping: float = DAMPING) -> OutputWeighting:
@@ -84,7 +106,7 @@ class ClosedForm:
     values: Tensor
     right: Tensor
     whitening: Whitening
-    weighting: OutputWeighting
+    weighting: Weighting
 
     @property
     def rank(self) -> int:
@@ -97,7 +119,7 @@ class ClosedForm:
         return orthonormal(left, self.whitening.remove(self.right[:r]))
 
 
-def closed_form(target: Tensor, whitening: Whitening, weighting: OutputWeighting | None = None) -> ClosedForm:
+def closed_form(target: Tensor, whitening: Whitening, weighting: Weighting | None = None) -> ClosedForm:
     """Solve min ||S^T (B L - T)|| over B of any rank, for a whitened target T (m x n)."""
     weighting = weighting or OutputWeighting()
     left, values, right = torch.linalg.svd(weighting.apply(target), full_matrices=False)
@@ -133,9 +155,7 @@ def alternating(weight: Tensor, target: Tensor, whitening: Whitening) -> Alterna
     return Alternating(target, closed_form(whitening.apply(weight.double()), whitening))
 
 
-def objective(
-    low_rank: LowRank, target: Tensor, whitening: Whitening, weighting: OutputWeighting | None = None
-) -> float:
+def objective(low_rank: LowRank, target: Tensor, whitening: Whitening, weighting: Weighting | None = None) -> float:
     """||S^T (B L - T)||, what the solvers minimise, over the norm of S^T T."""
     weighting = weighting or OutputWeighting()
     made = whitening.apply(low_rank.weight().double())

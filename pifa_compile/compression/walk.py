@@ -6,11 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pifa_compile.compression.joint import first_way, joint_sets
 from pifa_compile.compression.layer import (
     Layer,
-    content,
+    Unit,
+    can_join,
     distinct_layers,
     factored_record,
+    layers_done,
     override_rank,
     pivoted,
     progress_bar,
@@ -21,10 +24,10 @@ from pifa_compile.compression.layer import (
 )
 from pifa_compile.compression.ranks import UniformBudget
 from pifa_compile.compression.svd import Spectrum, spectrum
-from pifa_compile.errors import RecipeError, WeightError
+from pifa_compile.errors import RecipeError
 from pifa_compile.factors import numbers
 from pifa_compile.layers import LinearWeight
-from pifa_compile.recipes import Calibrated, Recipe
+from pifa_compile.recipes import Calibrated, Joint, Recipe
 from pifa_compile.store import LayerRecord, Run, Store
 
 
@@ -47,48 +50,59 @@ def compress_weights(
         cure = "compress the model first, with pifa_compile.compress or `pifa compress`"
         raise RecipeError(f"method {recipe.method!r} needs the model and a text; {cure}")
     layers = distinct_layers(weights, recipe)
+    units = _units(layers, recipe)
     header = run_header(recipe, layers, model, revision)
-    shapes = [layer.weight.shape for layer in layers if layer.free]
+    shapes = [unit.shape for unit in units if unit.first.free]
     budget = UniformBudget.over(shapes, recipe.density, recipe.rank_multiple, recipe.form)
     with store.write_run(header) as writer, progress_bar(len(layers), header.run_id, progress) as bar:
-        done = {content(record.digests) or record.name: record for record in writer.done.values()}
-        for layer in layers:
-            record = done.get(layer.key)
-            if record is None:
-                made = _compress_layer(layer, recipe, budget, store)
-                record = replace(made, name=unused_name(made.name, writer.done))
-                writer.add(record)
-            if layer.free:
-                _book(budget, recipe, record)
-            show(bar, layer, record)
+        done = layers_done(writer.done.values())
+        for unit in units:
+            if any(layer.key not in done for layer in unit.layers):
+                for made in _compress_unit(unit, recipe, budget, store):
+                    if not layers_done([made]).keys() & done.keys():
+                        record = replace(made, name=unused_name(made.name, writer.done))
+                        writer.add(record)
+                        done |= layers_done([record])
+            for record in {id(r): r for layer in unit.layers for r in [done[layer.key]]}.values():
+                if unit.first.free:
+                    _book(budget, recipe, record)
+                show(bar, record)
         return writer.finish()
 
 
-def _compress_layer(layer: Layer, recipe: Recipe, budget: UniformBudget, store: Store) -> LayerRecord:
-    if layer.reason is not None:
-        return layer.record(reason=layer.reason)
+def _units(layers: Sequence[Layer], recipe: Recipe) -> list[Unit]:
+    """The layers in order, those that the recipe joins as one, at the place of the first of them."""
+    named = {layer.name: layer for layer in layers}
+    sets = joint_sets(list(named), recipe.joint) if isinstance(recipe, Joint) else []
+    fitting = [members for members in sets if can_join([named[name] for name in members])]
+    return [Unit(tuple(named[name] for name in members)) for members in first_way(list(named), fitting)]
+
+
+def _compress_unit(unit: Unit, recipe: Recipe, budget: UniformBudget, store: Store) -> list[LayerRecord]:
+    """The record of the unit's factors, or one for each of its layers where they stay dense."""
+    if unit.first.reason is not None:
+        return unit.dense(unit.first.reason)
     started = time.perf_counter()
-    try:
-        spectral = spectrum(layer.matrix, layer.name)
-    except WeightError:
-        if bool(layer.matrix.any()):
-            raise
-        return layer.record(reason="the weight is all zeros")
-    r = _rank(layer, recipe, budget, spectral)
-    m, n = layer.weight.shape
+    for layer in unit.layers:
+        if not bool(layer.matrix.any()):
+            return unit.dense("the weight is all zeros" if len(unit.layers) == 1 else f"{layer.name} is all zeros")
+    matrix = unit.matrix
+    spectral = spectrum(matrix, unit.name)
+    r = _rank(unit, recipe, budget, spectral)
+    m, n = unit.shape
     if r == 0:
-        return layer.record(reason=too_small(layer, recipe))
+        return unit.dense(too_small(unit, recipe))
     if numbers(recipe.form, m, n, r) >= m * n:
-        return layer.record(reason=f"rank {r} would save nothing")
-    made = pivoted(spectral, r, layer.matrix.dtype, recipe)
+        return unit.dense(f"rank {r} would save nothing")
+    made = pivoted(spectral, r, matrix.dtype, recipe)
     least = spectral.truncation_error(made.factors.rank)
     digest = store.put_factors(made.factors)
     seconds = time.perf_counter() - started
-    return factored_record(layer, made, digest, seconds=seconds, truncation=least, least_error=least)
+    return [factored_record(unit, made, digest, seconds=seconds, truncation=least, least_error=least)]
 
 
-def _rank(layer: Layer, recipe: Recipe, budget: UniformBudget, spectral: Spectrum) -> int:
-    wanted = override_rank(layer, recipe) if layer.override else budget.rank(*layer.weight.shape)
+def _rank(unit: Unit, recipe: Recipe, budget: UniformBudget, spectral: Spectrum) -> int:
+    wanted = override_rank(unit.first, recipe) if unit.first.override else budget.rank(*unit.shape)
     return min(wanted, spectral.rank)
 
 

@@ -158,6 +158,15 @@ class LayerRecord:
         """(name, digests) of the layers that the record is about: one, or those of the group."""
         return tuple((member.name, member.digests) for member in self.members) or ((self.name, self.digests),)
 
+    def rows_of(self, digest: str) -> tuple[int, int] | None:
+        """Where the rows of a group's member with this digest begin and end; None in the record of a single layer."""
+        start = 0
+        for member in self.members:
+            if digest in member.digests.values():
+                return start, start + member.m
+            start += member.m
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
         return asdict(self) | {"shape": list(self.shape), "members": [asdict(member) for member in self.members]}
