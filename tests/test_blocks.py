@@ -14,7 +14,7 @@ from pifa_compile.compression.blocks import (
     token_rows,
     without_cache,
 )
-from pifa_compile.compression.calibration import gradient_moments
+from pifa_compile.compression.gradients import gradient_moments
 from pifa_compile.layers import linear_weights
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

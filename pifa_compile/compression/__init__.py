@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pifa_compile.compression.calibrated import compress_calibrated
-from pifa_compile.compression.calibration import Text, calibrate_on
+from pifa_compile.compression.calibration import SelfText, Text, calibrate_on
+from pifa_compile.compression.devices import blocks_on_demand
 from pifa_compile.compression.walk import compress_weights
 from pifa_compile.errors import InputError, WeightError
 from pifa_compile.layers import linear_weights
@@ -30,6 +32,7 @@ def compress(
     name: str | None = None,
     revision: str | None = None,
     progress: bool = True,
+    device: torch.device | str | None = None,
 ) -> CompressionReport:
     """Factor the linear layers of a model into the store; the model itself stays as it is.
 
@@ -41,6 +44,8 @@ def compress(
     store     a Store or its directory; default: PIFA_CACHE_DIR, else the Hugging Face assets cache
     name      a label for reports; default: the name the model was loaded by, else its class
     revision  a label for the model's revision
+    device    where to compute, for a calibrated method; default: where the model is. Blocks of a model that is
+              elsewhere go there one at a time, so that the model may be larger than the device
 
     The same model, recipe and text are never computed twice: a second call returns the finished run, and one that was
     interrupted goes on where it stopped. Raises WeightError for a model without a linear layer, with a weight that is
@@ -52,11 +57,12 @@ def compress(
     opened = store if isinstance(store, Store) else Store(None if store is None else Path(store))
     label = name or model_label(model)
     if isinstance(recipe, Calibrated):
-        size = {"windows": recipe.windows, "length": recipe.window_length}
-        calibration = calibrate_on(model, text, tokenizer, **size, seed=recipe.seed)
-        run = compress_calibrated(
-            model, weights, recipe, opened, calibration, label=label, revision=revision, progress=progress
-        )
+        size = {"windows": recipe.windows, "length": recipe.window_length, "seed": recipe.seed}
+        calibration = SelfText(model, **size) if text is None else calibrate_on(model, text, tokenizer, **size)
+        place = next(model.parameters()).device if device is None else torch.device(device)
+        facts: dict[str, Any] = {"label": label, "revision": revision, "progress": progress, "device": place}
+        with blocks_on_demand(model, place):
+            run = compress_calibrated(model, weights, recipe, opened, calibration, **facts)
     else:
         if text is not None:
             raise InputError(f"method {recipe.method!r} uses no text; leave it out, or use 'mpifa'")

@@ -54,7 +54,7 @@ def runs_in_order(model: nn.Module, stack: Stack, batch: Batch) -> bool:
     def hook(index: int) -> Callable[..., None]:
         def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             called.append(index)
-            states.append((first_tensor(arguments, keywords), _hidden_of(output)))
+            states.append((first_tensor(arguments, keywords), hidden_of(output)))
 
         return note
 
@@ -172,16 +172,20 @@ class Call:
         key = next(key for key, value in keywords.items() if value is hidden)
         return cls(arguments, {k: v for k, v in keywords.items() if k != key}, key), hidden
 
-    @torch.no_grad()
+    def filled(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keywords of the call on other hidden states."""
+        if isinstance(self.place, int):
+            return (*self.arguments[: self.place], hidden, *self.arguments[self.place + 1 :]), dict(self.keywords)
+        return self.arguments, {**self.keywords, self.place: hidden}
+
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output on other hidden states."""
-        if isinstance(self.place, int):
-            arguments = (*self.arguments[: self.place], hidden, *self.arguments[self.place + 1 :])
-            return _hidden_of(block(*arguments, **self.keywords))
-        return _hidden_of(block(*self.arguments, **self.keywords, **{self.place: hidden}))
+        arguments, keywords = self.filled(hidden)
+        return hidden_of(block(*arguments, **keywords))
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a block returns: all of it, or its first part."""
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found
 

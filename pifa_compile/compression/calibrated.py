@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from pifa_compile.compression.allocation import allocate_choices, rank_options, tail_losses
 from pifa_compile.compression.blocks import Group, find_stacks, runs_in_order, without_cache
-from pifa_compile.compression.calibration import Calibration, gradient_moments
+from pifa_compile.compression.calibration import Calibration, SelfText
+from pifa_compile.compression.devices import on_device
 from pifa_compile.compression.flows import Captured, Plan, TwoFlows, capture, find_plan, input_width, watch_block
 from pifa_compile.compression.joint import alternatives, first_way, joint_sets
 from pifa_compile.compression.layer import (
@@ -32,6 +32,7 @@ from pifa_compile.compression.layer import (
     too_small,
     unused_name,
 )
+from pifa_compile.compression.measure import Measure
 from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.compression.mpifa import (
     OutputWeighting,
@@ -43,6 +44,7 @@ from pifa_compile.compression.mpifa import (
     output_weighting,
     whitened_target,
 )
+from pifa_compile.compression.output_moments import OutputMoments
 from pifa_compile.compression.ranks import plan_uniform
 from pifa_compile.compression.whitening import Whitening, whiten
 from pifa_compile.errors import RecipeError
@@ -51,6 +53,7 @@ from pifa_compile.layers import LinearWeight
 from pifa_compile.pivoting import check_weight, numerical_rank
 from pifa_compile.recipes import Calibrated, Mpifa
 from pifa_compile.store import LayerRecord, Run, RunWriter, Store
+from pifa_compile.store.scratch import Scratch
 
 #: Full gradient moments are kept up to this size for all layers together; above it, their diagonals.
 GRADIENT_BYTES = 4 << 30
@@ -61,30 +64,34 @@ def compress_calibrated(
     weights: Sequence[LinearWeight],
     recipe: Calibrated,
     store: Store,
-    calibration: Calibration,
+    calibration: Calibration | SelfText,
     *,
     label: str,
     revision: str | None = None,
     progress: bool = True,
+    device: torch.device | None = None,
 ) -> Run:
     """Compress a model's linear layers by a calibrated recipe into the store, and return the finished run.
+
+    device  where blocks compute, one at a time; everything outside of them must be there. Default: where the model is
 
     Layers that the store already has from an interrupted walk are not computed again. The model is left as it is.
     Raises WeightError naming the layer if a weight or its inputs are not finite, RecipeError for a budget that no
     choice of ranks fits.
     """
-    calibration = calibration.to(next(model.parameters()).device)
     layers = distinct_layers(weights, recipe)
     header = run_header(recipe, layers, label, revision, calibration.identity)
     with store.write_run(header) as writer, progress_bar(len(layers), header.run_id, progress) as bar:
-        state = _Walk(model, recipe, store, writer, calibration, layers, bar)
+        state = _Walk(model, recipe, store, writer, layers, bar, device or next(model.parameters()).device)
         for layer in layers:
             if layer.reason is not None:
                 state.add(layer.record(reason=layer.reason))
         if len(state.done) < len(layers):
             with without_cache(model):
-                _run(state)
-        return writer.finish()
+                _run(state, calibration.to(state.device))
+        run = writer.finish()
+        state.scratch.clear()
+        return run
 
 
 @dataclass(eq=False)
@@ -95,23 +102,28 @@ class _Walk:
     done       records, by what a layer and its record share
     units      which layers share one factorization, by the key of each layer
     ranks      planned for the units, by the key of their first layer; 0 leaves them dense
-    gradients  what a layer's outputs are weighted by: E[g g^T] or its diagonal, by module name
+    gradients  what outputs are weighted by: E[g g^T] or its diagonal, by module name; of the block under way, and of
+               layers outside of blocks
+    device     where moments are and layers are solved
     """
 
     model: nn.Module
     recipe: Calibrated
     store: Store
     writer: RunWriter
-    calibration: Calibration
     layers: Sequence[Layer]
     bar: Any
+    device: torch.device
     named: dict[str, Layer] = field(init=False)
     done: dict[Any, LayerRecord] = field(init=False)
     units: dict[Any, Unit] = field(default_factory=dict)
     ranks: dict[Any, int] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    outputs: OutputMoments | None = None
+    scratch: Scratch = field(init=False)
 
     def __post_init__(self) -> None:
+        self.scratch = Scratch(self.store.root, self.writer.header.run_id)
         self.named = {name: layer for layer in self.layers if layer.reason is None for name in layer.names}
         self.done = layers_done(self.writer.done.values())
         for record in self.writer.done.values():
@@ -146,20 +158,17 @@ class _Walk:
 
 
 @torch.no_grad()
-def _run(state: _Walk) -> None:
-    model, calibration = state.model, state.calibration
-    first = calibration.batches[0]
+def _run(state: _Walk, calibration: Calibration) -> None:
+    model, first = state.model, calibration.batches[0]
     stacks = [stack for stack in find_stacks(model) if runs_in_order(model, stack, first)]
     plan = find_plan(model, stacks, list(state.named), first)
     read = {name for group in plan.groups for name in group.names}
     for layer in dict.fromkeys(state.named.values()):
         if not read.intersection(layer.names):
             state.add(layer.record(reason="it reads nothing when the model runs on the calibration text"))
-    recipe = state.recipe
-    if isinstance(recipe, Mpifa) and (recipe.weighting != "none" or recipe.allocation == "loss"):
-        state.gradients = _gradients(state, sorted(read))
-    outside, outside_held = _no_moments(model, plan.outside), _no_moments(model, plan.outside)
-    rows = capture(model, plan, calibration.batches, outside)
+    state.outputs = _output_moments(state, plan, sorted(read), calibration)
+    outside, outside_held = _no_moments(state, plan.outside), _no_moments(state, plan.outside)
+    rows = capture(model, plan, calibration.batches, outside, state.outputs.forward if state.outputs else None)
     held = capture(model, plan, calibration.held_out, outside_held)
     _plan_ranks(state, plan, rows, outside)
     for group in plan.outside:
@@ -169,23 +178,35 @@ def _run(state: _Walk) -> None:
         _walk_stack(state, stack.prefixes, stack.blocks, blocks, captured, captured_held)
 
 
-def _no_moments(model: nn.Module, groups: Sequence[Group]) -> dict[str, SecondMoments]:
+def _no_moments(state: _Walk, groups: Sequence[Group]) -> dict[str, SecondMoments]:
     """Empty moments for each group, by the name of its first layer."""
-    return {group.names[0]: _empty(model, group.names[0]) for group in groups}
+    return {group.names[0]: _empty(state, group.names[0]) for group in groups}
 
 
-def _empty(model: nn.Module, name: str) -> SecondMoments:
-    module = model.get_submodule(name)
-    return SecondMoments.zeros(input_width(module), device=next(module.parameters()).device)
+def _empty(state: _Walk, name: str) -> SecondMoments:
+    return SecondMoments.zeros(input_width(state.model.get_submodule(name)), device=state.device)
 
 
-def _gradients(state: _Walk, names: Sequence[str]) -> dict[str, Tensor]:
-    wanted = state.recipe.weighting if isinstance(state.recipe, Mpifa) else "none"
-    shapes = [state.named[name].weight.shape for name in names]
-    form = "diagonal" if wanted == "diagonal" or sum(8 * m * m for m, _ in shapes) > GRADIENT_BYTES else "full"
-    found = gradient_moments(state.model, names, state.calibration.batches, form, state.recipe.seed)
-    means = {name: moments.mean() for name, moments in found.items()}
-    return {name: h for name, h in means.items() if 0 < float(h.sum() if h.dim() == 1 else h.trace()) < math.inf}
+def _output_moments(
+    state: _Walk, plan: Plan, names: Sequence[str], calibration: Calibration
+) -> OutputMoments | None:
+    """What the recipe weights outputs or prices ranks by, not yet computed; None if it does neither."""
+    recipe = state.recipe
+    if not isinstance(recipe, Mpifa) or (recipe.weighting == "none" and recipe.allocation != "loss"):
+        return None
+    size = sum(8 * state.named[name].weight.shape[0] ** 2 for name in names)
+    form = "diagonal" if recipe.weighting == "diagonal" or size > GRADIENT_BYTES else "full"
+    return OutputMoments(
+        state.model,
+        plan,
+        names,
+        calibration.batches,
+        form=form,
+        seed=recipe.seed,
+        scratch=state.scratch,
+        device=state.device,
+        again=recipe.weighting != "none",
+    )
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -206,12 +227,18 @@ def _plan_ranks(
     state: _Walk, plan: Plan, rows: Sequence[Sequence[Captured]], outside: Mapping[str, SecondMoments]
 ) -> None:
     """Fill ``state.units`` and ``state.ranks``: of layers with an override by it, else by the recipe's allocation."""
-    recipe = state.recipe
+    recipe, outputs = state.recipe, state.outputs
+    if outputs is not None and outputs.plan is not None:
+        state.gradients = outputs.kept
+        for names, r in outputs.plan:
+            _settle(state, names, r)
+        return
     for name, layer in state.named.items():
         if layer.override:
             _settle(state, (name,), override_rank(layer, recipe))
+    priced = _price(state, plan, rows, outside) if recipe.allocation != "uniform" or outputs is not None else []
     if recipe.allocation != "uniform":
-        _allocate(state, _price(state, plan, rows, outside))
+        _allocate(state, priced)
     others: list[tuple[str, ...]] = []
     for group in plan.groups:
         left = [name for name in group.names if state.named[name].key not in state.units]
@@ -221,6 +248,9 @@ def _plan_ranks(
     ranks = plan_uniform(shapes, recipe.density, recipe.rank_multiple, recipe.form)
     for names, r in zip(others, ranks, strict=True):
         _settle(state, names, r)
+    if outputs is not None:
+        units = dict.fromkeys(state.units.values())
+        outputs.finish([[[layer.name for layer in unit.layers], state.ranks[unit.first.key]] for unit in units])
 
 
 def _unit(state: _Walk, names: Sequence[str]) -> Unit:
@@ -242,29 +272,55 @@ def _joint_sets(state: _Walk, names: Sequence[str]) -> list[tuple[str, ...]]:
 def _price(
     state: _Walk, plan: Plan, rows: Sequence[Sequence[Captured]], outside: Mapping[str, SecondMoments]
 ) -> list[_Ways]:
-    """Price every layer, from one run of the dense model block by block.
+    """Price every layer, if the allocation wants prices, from one run of the dense model block by block: forwards, or
+    the backward pass where there are gradients to be had.
 
     Layers that the loss does not depend on, as far as the gradients tell, get no price but the common density.
     """
     found: list[_Ways] = []
-    for group in plan.outside:
-        _price_group(state, group, outside[group.names[0]], found)
-    for stack, captured, blocks in zip(plan.stacks, rows, plan.inside, strict=True):
-        hidden = [row.hidden for row in captured]
-        for index, (prefix, block, groups) in enumerate(zip(stack.prefixes, stack.blocks, blocks, strict=True)):
-            moments = {group.names[0]: _empty(state.model, group.names[0]) for group in groups}
-            hidden = watch_block(block, index, captured, hidden, _seen(moments, prefix))
-            for group in groups:
-                _price_group(state, group, moments[group.names[0]], found)
+    wanted = state.recipe.allocation != "uniform"
+    for groups, moments in _dense_blocks(state, plan, rows, wanted):
+        for group in groups if wanted else ():
+            _price_group(state, group, moments.pop(group.names[0]), found)
+    for group in plan.outside if wanted else ():
+        kept = outside[group.names[0]]
+        _price_group(state, group, SecondMoments(kept.gram.clone(), count=kept.count), found)
     return found
 
 
+def _dense_blocks(
+    state: _Walk, plan: Plan, rows: Sequence[Sequence[Captured]], wanted: bool
+) -> Iterator[tuple[Sequence[Group], dict[str, SecondMoments]]]:
+    """The groups of every block and, if ``wanted``, what they read in the dense model, by the name of the first layer.
+
+    Meanwhile the gradient moments of the block are in ``state.gradients``, in the end those that are kept in memory.
+    """
+    outputs = state.outputs
+    if outputs is not None:
+        readers = [[g.names[0] for g in groups] if wanted else [] for blocks in plan.inside for groups in blocks]
+        for index, state.gradients, moments in outputs.blocks(rows[0] if rows else [], readers):
+            yield plan.inside[0][index], moments
+        state.gradients = outputs.kept
+        if outputs.blockwise:
+            return
+    for stack, captured, blocks in zip(plan.stacks, rows, plan.inside, strict=True):
+        hidden = [row.hidden for row in captured]
+        for index, (prefix, block, groups) in enumerate(zip(stack.prefixes, stack.blocks, blocks, strict=True)):
+            moments = _no_moments(state, groups)
+            with on_device(block, state.device):
+                hidden = watch_block(block, index, captured, hidden, _seen(moments, prefix))
+            yield groups, moments
+
+
 def _price_group(state: _Walk, group: Group, moments: SecondMoments, found: list[_Ways]) -> None:
-    """Add what every rank of the group's layers costs, apart and joined, unless they have a price already."""
+    """Add what every rank of the group's layers costs, apart and joined, unless they have a price already.
+
+    The moments are gone afterwards.
+    """
     moments.check(group.names[0])
     priced = {state.named[name].key for ways in found for names in ways.ways[0] for name in names}
     outputs: dict[str, Tensor] = {}
-    whitening = whiten(moments.gram, moments.count)
+    whitening = whiten(moments.gram, moments.count, overwrite=True)
     for name in group.names:
         layer = state.named[name]
         has_price = state.recipe.allocation != "loss" or name in state.gradients
@@ -287,9 +343,10 @@ def _priced_outputs(state: _Walk, name: str, whitening: Whitening) -> Tensor:
     Squared singular values of them, or of the outputs of several layers stacked, are what components cost.
     """
     layer = state.named[name]
-    if bool(layer.matrix.any()):
-        check_weight(layer.matrix, layer.name)
-    outputs = whitening.apply(layer.matrix.double())
+    matrix = layer.matrix.to(state.device)
+    if bool(matrix.any()):
+        check_weight(matrix, layer.name)
+    outputs = whitening.apply(matrix)
     if state.recipe.allocation == "loss":
         return output_weighting(state.gradients.get(name)).apply(outputs)
     total = float(outputs.norm())
@@ -329,31 +386,47 @@ def _walk_stack(
     rows: Sequence[Captured],
     held_rows: Sequence[Captured],
 ) -> None:
-    dense, held = [row.hidden for row in rows], [row.hidden for row in held_rows]
-    changed = dense
-    two_flows = isinstance(state.recipe, Mpifa)
+    dense, held = [row.take() for row in rows], [row.take() for row in held_rows]
+    changed = list(dense)
     for index, (prefix, block, groups) in enumerate(zip(prefixes, blocks, groups_of, strict=True)):
-        firsts = [group.names[0] for group in groups if state.missing(group)]
-        held_moments = {name: _empty(state.model, name) for name in firsts}
-        held = watch_block(block, index, held_rows, held, _seen(held_moments, prefix))
-        if not two_flows:
-            moments = {name: _empty(state.model, name) for name in firsts}
+        with on_device(block, state.device):
+            held_moments = _no_moments(state, [group for group in groups if state.missing(group)])
+            held = watch_block(block, index, held_rows, held, _seen(held_moments, prefix))
+            if isinstance(state.recipe, Mpifa):
+                flows = dense, changed
+                dense, changed = _walk_two_flows(state, prefix, block, index, groups, rows, *flows, held_moments)
+                continue
+            moments = _no_moments(state, [group for group in groups if state.missing(group)])
             dense = watch_block(block, index, rows, dense, _seen(moments, prefix))
             for group in groups:
                 if group.names[0] in moments:
                     _compress_group(state, group, moments.pop(group.names[0]), held_moments.pop(group.names[0]))
-            continue
-        flows = TwoFlows(block, index, rows, dense, changed, [name.removeprefix(prefix) for name in firsts])
-        for group in groups:
-            if group.names[0] in held_moments:
-                found = flows.moments(group.names[0].removeprefix(prefix))
-                _compress_group(state, group, found, held_moments.pop(group.names[0]))
-            for name in group.names:
-                weight = state.weight_of(name)
-                if weight is not None:
-                    flows.replace(name.removeprefix(prefix), weight)
-        if index + 1 < len(blocks):
-            dense, changed = flows.outputs()
+
+
+def _walk_two_flows(
+    state: _Walk,
+    prefix: str,
+    block: nn.Module,
+    index: int,
+    groups: Sequence[Group],
+    rows: Sequence[Captured],
+    dense: list[Tensor],
+    changed: list[Tensor],
+    held: dict[str, SecondMoments],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Factor the layers of one block; returns the hidden states that leave it in both flows."""
+    if state.outputs is not None and state.outputs.again and held:
+        state.gradients = state.outputs.kept | state.outputs.of_block(index, rows, dense)
+    flows = TwoFlows(block, index, rows, dense, changed, [name.removeprefix(prefix) for name in held])
+    for group in groups:
+        if group.names[0] in held:
+            found = flows.moments(group.names[0].removeprefix(prefix))
+            _compress_group(state, group, found, held.pop(group.names[0]))
+        for name in group.names:
+            weight = state.weight_of(name)
+            if weight is not None:
+                flows.replace(name.removeprefix(prefix), weight)
+    return flows.outputs() if index + 1 < len(rows[0].calls) else ([], [])
 
 
 def _seen(moments: Mapping[str, SecondMoments], prefix: str) -> dict[str, Any]:
@@ -366,9 +439,9 @@ def _compress_group(state: _Walk, group: Group, moments: SecondMoments, held: Se
         return
     moments.check(group.names[0])
     started = time.perf_counter()
-    whitening = whiten(moments.gram, moments.count)
-    drift = moments.drift(state.recipe.mixing) if isinstance(state.recipe, Mpifa) else None
-    measure = _Measure(held if held.count else moments)
+    measure = Measure(held.gram if held.count else moments.gram.clone())
+    drift = moments.drift_(state.recipe.mixing) if isinstance(state.recipe, Mpifa) else None
+    whitening = whiten(moments.gram, moments.count, overwrite=True)
     units = dict.fromkeys(state.units[state.named[name].key] for name in group.names)
     shared = (time.perf_counter() - started) / len(units)
     for unit in units:
@@ -382,7 +455,7 @@ def _compress_group(state: _Walk, group: Group, moments: SecondMoments, held: Se
 
 
 def _compress_unit(
-    state: _Walk, unit: Unit, whitening: Whitening, drift: Tensor | None, measure: _Measure
+    state: _Walk, unit: Unit, whitening: Whitening, drift: Tensor | None, measure: Measure
 ) -> list[LayerRecord]:
     """The record of the unit's factors, or one for each of its layers where they stay dense."""
     recipe, (m, n) = state.recipe, unit.shape
@@ -393,7 +466,7 @@ def _compress_unit(
     planned = state.ranks[unit.first.key]
     if planned == 0:
         return unit.dense(_why_dense(recipe, unit))
-    matrix = unit.matrix
+    matrix = unit.matrix.to(state.device)
     target = whitened_target(matrix, whitening, drift)
     weighting = _weighting(state, unit)
     fitted = _fit(recipe, matrix, target, whitening, weighting)
@@ -432,20 +505,3 @@ def _why_dense(recipe: Calibrated, unit: Unit) -> str:
     if unit.first.free and recipe.allocation != "uniform":
         return "left dense by the allocation: the other layers lose less by being smaller"
     return too_small(unit, recipe)
-
-
-class _Measure:
-    """Relative errors of a layer's outputs on given moments: that of a weight, and the least at its rank."""
-
-    def __init__(self, moments: SecondMoments) -> None:
-        values, vectors = torch.linalg.eigh(moments.gram)
-        self._root = vectors * values.clamp_min(0).sqrt()
-
-    def __call__(self, matrix: Tensor, made: Tensor, r: int) -> tuple[float, float]:
-        """||(made - W) X|| / ||W X||, and the least that any weight of rank r reaches (Eckart and Young 1936)."""
-        outputs = matrix.double() @ self._root
-        total = float(outputs.norm())
-        if total == 0:
-            return 0.0, 0.0
-        achieved = float((made.to(outputs) @ self._root - outputs).norm())
-        return achieved / total, float(torch.linalg.svdvals(outputs)[r:].norm()) / total

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pifa_compile.compression.blocks import Batch, token_rows, without_cache
-from pifa_compile.compression.moments import GradientMoments
+from pifa_compile.compression.blocks import Batch
+from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError
 from pifa_compile.evaluation import windows_of
-from pifa_compile.layers import layout_of, matrix_shape
 from pifa_compile.loading import is_causal
 from pifa_compile.texts import read_text
 
 #: A path, a text, texts, windows of token ids (count x length), or ready batches of keyword arguments.
 Text = str | os.PathLike[str] | Sequence[str] | Tensor | Iterable[Mapping[str, Any]]
 
-#: Windows or sentences in one call of the model. Part of what a digest is: another size rounds differently.
+#: Windows or sentences in one call of the model, and tokens if they are longer than that allows: what a block keeps for
+#: its backward pass grows with them. Part of what a digest is, since another size rounds differently.
 BATCH = 8
+BATCH_TOKENS = 2048
 #: Of so many windows or sentences one is held out to measure errors on.
 HELD_OUT = 16
-#: Gradient samples per output of a layer, at least, where they are made by random projections.
-SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def calibrate_on(
     Raises InputError where there is no text, no tokenizer or not even one window.
     """
     if text is None:
-        sampled = sample_windows(model, windows, length, seed)
-        return _windows(sampled, "self")
+        return SelfText(model, windows, length, seed).to(next(model.parameters()).device)
     if isinstance(text, Tensor):
         return _windows(_spread(text, windows), "tokens")
     if isinstance(text, str | os.PathLike):
@@ -114,13 +113,15 @@ def _mean_tokens(sentences: Sequence[str], tokenizer: Any, length: int) -> float
 
 
 def _windows(windows: Tensor, source: str) -> Calibration:
-    used, held = ([{"input_ids": torch.stack(ids)} for ids in _batches(part)] for part in _apart(list(windows)))
+    length = windows.shape[1]
+    used, held = ([{"input_ids": torch.stack(ids)} for ids in _batches(part, length)] for part in _apart(list(windows)))
     return _calibration(used, held, source)
 
 
 def _sentences(sentences: Sequence[str], tokenizer: Any, length: int) -> Calibration:
     settings = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-    used, held = ([dict(tokenizer(group, **settings)) for group in _batches(part)] for part in _apart(sentences))
+    parts = (_batches(part, length) for part in _apart(sentences))
+    used, held = ([dict(tokenizer(group, **settings)) for group in groups] for groups in parts)
     return _calibration(used, held, "sentences")
 
 
@@ -131,8 +132,10 @@ def _apart(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
 
 
-def _batches(items: Sequence[Any]) -> list[list[Any]]:
-    return [list(items[i : i + BATCH]) for i in range(0, len(items), BATCH)]
+def _batches(items: Sequence[Any], length: int) -> list[list[Any]]:
+    """Items of at most ``length`` tokens, as many together as one call of the model gets."""
+    size = max(1, min(BATCH, BATCH_TOKENS // length))
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 def _calibration(used: Sequence[Batch], held_out: Sequence[Batch], source: str) -> Calibration:
@@ -159,14 +162,44 @@ def _digest(batches: Sequence[Batch]) -> str:
 # --- text that the model samples -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0, batch: int = 64) -> Tensor:
-    """Windows (count x length) that a causal model samples at temperature 1 from the start of a document.
+class SelfText:
+    """Text that a causal model samples itself: known by ``identity`` before it is sampled, which takes a while.
 
+    windows, length  how many windows of how many tokens
     Raises InputError for a model that is not causal: it needs a text.
     """
-    if not is_causal(model):
-        raise InputError(f"{type(model).__name__} cannot sample its own calibration text; give one with text=...")
+
+    def __init__(self, model: nn.Module, windows: int, length: int, seed: int) -> None:
+        if not is_causal(model):
+            raise InputError(f"{type(model).__name__} cannot sample its own calibration text; give one with text=...")
+        self._model, self._sizes = model, {"windows": windows, "length": length, "seed": seed}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the text follows from, as JSON: sizes, seed and the digest of everything in the model."""
+        return {"source": "self", "model": _model_digest(self._model), **self._sizes}
+
+    def to(self, device: torch.device) -> Calibration:
+        """Sample the text; its tensors are on a device."""
+        sampled = sample_windows(self._model, self._sizes["windows"], self._sizes["length"], self._sizes["seed"])
+        return replace(_windows(sampled, "self"), identity=self.identity).to(device)
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Of every parameter and buffer and of the configuration, its labels left out."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    settings: dict[str, Any] = to_dict()
+    for label in ("_name_or_path", "transformers_version", "architectures", "use_cache"):
+        settings.pop(label, None)
+    found = dict(zip(tensors, digest_many([t.detach() for t in tensors.values()]), strict=True))
+    text = json.dumps([type(model).__name__, settings, found], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@torch.no_grad()
+def sample_windows(model: nn.Module, count: int, length: int, seed: int = 0, batch: int = 64) -> Tensor:
+    """Windows (count x length) that a causal model samples at temperature 1 from the start of a document."""
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     training = model.training
@@ -199,115 +232,3 @@ def start_token(model: nn.Module) -> int:
         if isinstance(found, int):
             return found
     return 0
-
-
-# --- gradients of the loss at every output ---------------------------------------------------------------------------
-
-
-def gradient_moments(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], form: str = "full", seed: int = 0
-) -> dict[str, GradientMoments]:
-    """E[g g^T] at the output of each named linear module, g the gradient of the loss summed over tokens.
-
-    A causal model has its own loss, the next token of the text. Any other model has random projections of its token
-    outputs, one draw of signs per token, as often as it takes to have SAMPLES gradients per output; they estimate how
-    far any loss of these outputs can tell. Modules that no gradient reaches are missing from the result.
-    """
-    found: dict[str, GradientMoments] = {}
-    generator = torch.Generator().manual_seed(seed)
-    with without_cache(model), _frozen(model), ExitStack() as hooks:
-        mask: list[Tensor | None] = [None]
-        for name in names:
-            module = model.get_submodule(name)
-            hooks.callback(module.register_forward_hook(_gradient_hook(found, name, form, mask)).remove)
-        for _ in range(_rounds(model, names, batches)):
-            for batch in batches:
-                mask[0] = batch.get("attention_mask")
-                with torch.enable_grad():
-                    _loss(model, batch, generator).backward()
-    return {name: moments for name, moments in found.items() if moments.samples}
-
-
-def _gradient_hook(found: dict[str, GradientMoments], name: str, form: str, mask: list[Tensor | None]) -> Any:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:
-            output = output.detach().requires_grad_().clone()  # a leaf could not be changed in place later on
-
-        def add(gradient: Tensor) -> None:
-            rows = token_rows(gradient, module, mask[0])
-            if name not in found:
-                found[name] = GradientMoments(rows.shape[-1], form, rows.device)
-            found[name].add(rows)
-
-        output.register_hook(add)
-        return output
-
-    return hook
-
-
-class _frozen:
-    """Inside it no parameter asks for a gradient, so that the backward pass makes those of the outputs only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for p in self._trainable:
-            p.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for p in self._trainable:
-            p.requires_grad_(True)
-
-
-def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    output = model(**batch)
-    if is_causal(model):
-        ids = batch["input_ids"]
-        logits = output.logits[:, :-1].float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    outputs = token_outputs(output).float()
-    signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == outputs.shape[:-1]:
-        signs = signs * mask.unsqueeze(-1)
-    return (outputs * signs).sum()
-
-
-def token_outputs(output: Any) -> Tensor:
-    """The outputs of a model that is no language model: per token where it has them, else whatever comes first."""
-    if isinstance(output, Tensor):
-        return output
-    found: Tensor | None = getattr(output, "last_hidden_state", None)
-    if found is None:
-        found = next(t for t in _values(output) if isinstance(t, Tensor) and t.is_floating_point())
-    return found
-
-
-def _values(output: Any) -> Iterable[Any]:
-    return output.values() if isinstance(output, Mapping) else output
-
-
-def _rounds(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> int:
-    """How many draws of signs per token give every layer SAMPLES gradients per output; one for a causal model."""
-    if is_causal(model):
-        return 1
-    widest = max((_width(model.get_submodule(name)) for name in names), default=1)
-    tokens = sum(_tokens(batch) for batch in batches)
-    return min(64, -(-SAMPLES * widest // max(tokens, 1)))
-
-
-def _width(module: nn.Module) -> int:
-    """m of a linear module."""
-    layout = layout_of(module)
-    assert layout is not None, "only linear modules have an output width"
-    assert isinstance(module.weight, Tensor)
-    return matrix_shape(module.weight, layout)[0]
-
-
-def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return int(mask.sum())
-    first = next(v for v in batch.values() if isinstance(v, Tensor))
-    return first.numel() if first.dim() <= 2 else int(first.shape[0])

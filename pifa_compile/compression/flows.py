@@ -6,7 +6,7 @@ Only the hidden states between two blocks are kept, of every batch and of both f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,11 @@ class Captured:
     hidden: Tensor
     calls: list[Call]
     mask: Tensor | None
+
+    def take(self) -> Tensor:
+        """The hidden states, which are not kept here any longer: they would be a third flow beside two."""
+        hidden, self.hidden = self.hidden, self.hidden.new_empty(0)
+        return hidden
 
 
 @dataclass(eq=False)
@@ -92,11 +97,16 @@ def _place(stacks: Sequence[Stack], name: str) -> tuple[int, int]:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, plan: Plan, batches: Sequence[Batch], outside: Mapping[str, SecondMoments]
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Batch],
+    outside: Mapping[str, SecondMoments],
+    forward: Callable[[Batch], object] | None = None,
 ) -> list[list[Captured]]:
     """Run the model on every batch; returns, per stack and batch, what arrived at its first block.
 
     outside  moments to be added to on the way, by the name of the first layer of a group outside of blocks
+    forward  runs the model on a batch, and what else is to be done with it; default: the model
     """
     found: list[list[Captured]] = [[] for _ in plan.stacks]
     with without_cache(model), ExitStack() as hooks:
@@ -112,7 +122,10 @@ def capture(
                 hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in batches:
             current[0] = batch
-            model(**batch)
+            if forward is None:
+                model(**batch)
+            else:
+                forward(batch)
     return found
 
 
@@ -175,8 +188,8 @@ class TwoFlows:
         block: nn.Module,
         index: int,
         rows: Sequence[Captured],
-        dense: Sequence[Tensor],
-        changed: Sequence[Tensor],
+        dense: list[Tensor],
+        changed: list[Tensor],
         names: Sequence[str],
     ) -> None:
         self._block, self._changed_block = block, copy.deepcopy(block)
@@ -211,8 +224,14 @@ class TwoFlows:
         set_matrix(self._changed_block.get_submodule(name), weight)
 
     def outputs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states that leave the block: those of the dense flow, then those of the changed one."""
-        return self._outputs, watch_block(self._changed_block, self._index, self._rows, self._changed, {})
+        """The hidden states that leave the block: those of the dense flow, then those of the changed one.
+
+        They take the place of those that entered it.
+        """
+        for i, row in enumerate(self._rows):
+            self._dense[i] = self._outputs[i]
+            self._changed[i] = watch_block(self._changed_block, self._index, [row], [self._changed[i]], {})[0]
+        return self._dense, self._changed
 
 
 def input_width(module: nn.Module) -> int:

@@ -49,6 +49,11 @@ class SecondMoments:
         """``mixing`` (cross - gram), n x n: W times it is what a target mixed from both flows adds to W G."""
         return None if self.cross is None or mixing == 0 else mixing * (self.cross - self.gram)
 
+    def drift_(self, mixing: float) -> Tensor | None:
+        """``drift`` in the place of ``cross``, which is gone."""
+        cross, self.cross = self.cross, None
+        return None if cross is None or mixing == 0 else cross.sub_(self.gram).mul_(mixing)
+
     def check(self, layer: str) -> None:
         """Raise WeightError unless all sums are finite."""
         sums = [self.gram] if self.cross is None else [self.gram, self.cross]
@@ -89,6 +94,10 @@ class GradientMoments:
     def mean(self) -> Tensor:
         """H = E[g g^T] (m x m), or its diagonal (m)."""
         return self.total / max(self.samples, 1)
+
+    def mean_(self) -> Tensor:
+        """``mean`` in the place of the sums, which are gone: there is room for one m x m matrix only."""
+        return self.total.div_(max(self.samples, 1))
 
 
 def _zeros(n: int, device: torch.device | str) -> Tensor:

@@ -73,13 +73,15 @@ def output_weighting(moments: Tensor | None, damping: float = DAMPING) -> Output
     if moments is None:
         return OutputWeighting()
     powers = moments if moments.dim() == 1 else moments.diagonal()
-    mean = float(powers.mean())
+    mean = float(powers.double().mean())
     if not 0 < mean < float("inf"):
         return OutputWeighting()
     if moments.dim() == 1:
-        return OutputWeighting((moments + damping * mean).sqrt())
-    root, info = torch.linalg.cholesky_ex(moments + damping * mean * torch.eye(len(moments)).to(moments))
-    return OutputWeighting((powers + damping * mean).sqrt() if int(info) else root)
+        return OutputWeighting((moments.double() + damping * mean).sqrt())
+    damped = moments.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * mean)
+    root, info = torch.linalg.cholesky_ex(damped)
+    return OutputWeighting((powers.double() + damping * mean).sqrt() if int(info) else root)
 
 
 def whitened_target(weight: Tensor, whitening: Whitening, drift: Tensor | None = None) -> Tensor:

@@ -26,15 +26,18 @@ class Whitening:
     """A square root L (n x n) of regularised second moments.
 
     factor   L: lower triangular, or any invertible matrix if ``inverse`` is there
-    gram     L L^T, the moments that L stands for, n x n
     rank     how many directions the tokens span, as found
     inverse  L^-1, or None where L is triangular and solving is as good
     """
 
     factor: Tensor
-    gram: Tensor
     rank: int
     inverse: Tensor | None = None
+
+    @property
+    def gram(self) -> Tensor:
+        """L L^T, the moments that L stands for, n x n; computed when asked for."""
+        return self.factor @ self.factor.T
 
     def apply(self, weight: Tensor) -> Tensor:
         """W L (m x n): a matrix whose Frobenius norm is the norm of the layer's outputs."""
@@ -55,8 +58,11 @@ class Whitening:
         return solved
 
 
-def whiten(gram: Tensor, count: int | None = None) -> Whitening:
+def whiten(gram: Tensor, count: int | None = None, *, overwrite: bool = False) -> Whitening:
     """The whitening of second moments G (n x n, symmetric, float64) of ``count`` tokens.
+
+    overwrite  G may be used as workspace. At most 8 n^2 bytes beside it and the result are needed then, 24 n^2 where G
+               is singular; 8 n^2 more without
 
     Cholesky with a relative ridge; where G is singular (fewer tokens than inputs, a pivot that is all ridge, Cholesky
     failed) by eigendecomposition with a relative floor. Directions that no token excites keep a small weight, so that
@@ -66,34 +72,34 @@ def whiten(gram: Tensor, count: int | None = None) -> Whitening:
     power = gram.diagonal().clamp_min(0)
     live = power > 0
     if not bool(live.any()):
-        return Whitening(torch.eye(n, dtype=gram.dtype, device=gram.device), torch.eye(n).to(gram), 0)
+        return Whitening(torch.eye(n, dtype=gram.dtype, device=gram.device), 0)
     scale = power.where(live, DEAD * power[live].mean()).sqrt()
-    correlations = gram / scale / scale[:, None]
-    correlations = (correlations + correlations.T) / 2
-    correlations.diagonal().copy_(torch.ones_like(scale))
-    lowest = _triangle(correlations) if count is None or count >= n else None
-    if lowest is not None:
-        factor = lowest * scale[:, None]
-        dead = int((~live).sum())
-        return Whitening(factor, gram + torch.diag(scale.square() * (1 + RIDGE) - gram.diagonal()), n - dead)
-    return _by_eigenvalues(correlations, scale, int((~live).sum()))
+    correlations = (gram if overwrite else gram.clone()).div_(scale).div_(scale[:, None])
+    dead = int((~live).sum())
+    factor = _triangle(correlations) if count is None or count >= n else None
+    if factor is not None:
+        return Whitening(factor.mul_(scale[:, None]), n - dead)
+    return _by_eigenvalues(correlations, scale, dead)
 
 
 def _triangle(correlations: Tensor) -> Tensor | None:
-    """The Cholesky factor of correlations with the ridge, or None if they are singular."""
-    identity = torch.eye(correlations.shape[0]).to(correlations)
-    factor, info = torch.linalg.cholesky_ex(correlations + SINGULAR * identity)
+    """The Cholesky factor of correlations with the ridge, or None if they are singular. Changes their diagonal."""
+    correlations.diagonal().fill_(1 + SINGULAR)
+    factor, info = torch.linalg.cholesky_ex(correlations)
     if int(info) or float(factor.diagonal().min()) ** 2 < 100 * SINGULAR:
         return None
-    ridged: Tensor = torch.linalg.cholesky(correlations + RIDGE * identity)
+    del factor
+    correlations.diagonal().fill_(1 + RIDGE)
+    ridged: Tensor = torch.linalg.cholesky(correlations)
     return ridged
 
 
 def _by_eigenvalues(correlations: Tensor, scale: Tensor, dead: int) -> Whitening:
+    correlations.diagonal().fill_(1)
     values, vectors = torch.linalg.eigh(correlations)
     floor = FLOOR * values[-1]
     rank = int((values > floor).sum()) - dead  # a dead input is its own eigenvector, with value 1
     roots = values.clamp_min(floor).sqrt()
-    factor = scale[:, None] * vectors * roots
-    inverse = (vectors / roots).T / scale
-    return Whitening(factor, factor @ factor.T, max(rank, 0), inverse)
+    factor = (vectors * roots).mul_(scale[:, None])
+    inverse = vectors.div_(roots).div_(scale[:, None]).T
+    return Whitening(factor, max(rank, 0), inverse)
