@@ -168,10 +168,13 @@ class Mpifa(Calibrated):
     weighting  of a layer's outputs by the gradient of the loss: "full", "diagonal" or "none". Full moments that need
                more than 4 GiB for all layers together are replaced by their diagonals
     solver     "closed" finds the optimum; "alternating" is the published two-step form, which has no weighting
+
+    The method as published: solver "alternating", weighting "none", allocation "uniform", mixing 0.25, joint ().
     """
 
     method: ClassVar[str] = "mpifa"
 
+    joint: tuple[str, ...] = ("q+k", "gate+up")
     allocation: Literal["loss", "relative", "uniform"] = "loss"
     mixing: float = 1.0
     weighting: Literal["full", "diagonal", "none"] = "full"
