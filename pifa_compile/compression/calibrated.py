@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from pifa_compile.compression.allocation import allocate_choices, rank_options, tail_losses
-from pifa_compile.compression.blocks import Group, find_stacks, runs_in_order, without_cache
+from pifa_compile.compression.blocks import Group, find_stacks, runs_in_order, watching, without_cache
 from pifa_compile.compression.calibration import Calibration, SelfText
 from pifa_compile.compression.devices import on_device
-from pifa_compile.compression.flows import Captured, Plan, TwoFlows, capture, find_plan, input_width, watch_block
+from pifa_compile.compression.flows import (
+    Captured,
+    Plan,
+    TwoFlows,
+    capture,
+    find_plan,
+    input_width,
+    inputs_of,
+    watch_block,
+)
 from pifa_compile.compression.joint import alternatives, first_way, joint_sets
 from pifa_compile.compression.layer import (
     Layer,
@@ -33,6 +44,7 @@ from pifa_compile.compression.layer import (
     unused_name,
 )
 from pifa_compile.compression.measure import Measure
+from pifa_compile.compression.memory import BUDGET, bound, choose_form, walk_size
 from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.compression.mpifa import (
     OutputWeighting,
@@ -44,7 +56,7 @@ from pifa_compile.compression.mpifa import (
     output_weighting,
     whitened_target,
 )
-from pifa_compile.compression.output_moments import OutputMoments
+from pifa_compile.compression.output_moments import OutputMoments, blockwise
 from pifa_compile.compression.ranks import plan_uniform
 from pifa_compile.compression.whitening import Whitening, whiten
 from pifa_compile.errors import RecipeError
@@ -55,8 +67,7 @@ from pifa_compile.recipes import Calibrated, Mpifa
 from pifa_compile.store import LayerRecord, Run, RunWriter, Store
 from pifa_compile.store.scratch import Scratch
 
-#: Full gradient moments are kept up to this size for all layers together; above it, their diagonals.
-GRADIENT_BYTES = 4 << 30
+_log = logging.getLogger(__name__)
 
 
 def compress_calibrated(
@@ -161,12 +172,18 @@ class _Walk:
 def _run(state: _Walk, calibration: Calibration) -> None:
     model, first = state.model, calibration.batches[0]
     stacks = [stack for stack in find_stacks(model) if runs_in_order(model, stack, first)]
-    plan = find_plan(model, stacks, list(state.named), first)
+    rows_read: dict[str, int] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        rows_read[name] = x.numel() // input_width(model.get_submodule(name))
+
+    with watching(model, list(state.named), note):
+        plan = find_plan(model, stacks, list(state.named), first)
     read = {name for group in plan.groups for name in group.names}
     for layer in dict.fromkeys(state.named.values()):
         if not read.intersection(layer.names):
             state.add(layer.record(reason="it reads nothing when the model runs on the calibration text"))
-    state.outputs = _output_moments(state, plan, sorted(read), calibration)
+    state.outputs = _output_moments(state, plan, rows_read, calibration)
     outside, outside_held = _no_moments(state, plan.outside), _no_moments(state, plan.outside)
     rows = capture(model, plan, calibration.batches, outside, state.outputs.forward if state.outputs else None)
     held = capture(model, plan, calibration.held_out, outside_held)
@@ -188,25 +205,43 @@ def _empty(state: _Walk, name: str) -> SecondMoments:
 
 
 def _output_moments(
-    state: _Walk, plan: Plan, names: Sequence[str], calibration: Calibration
+    state: _Walk, plan: Plan, rows: Mapping[str, int], calibration: Calibration
 ) -> OutputMoments | None:
-    """What the recipe weights outputs or prices ranks by, not yet computed; None if it does neither."""
-    recipe = state.recipe
-    if not isinstance(recipe, Mpifa) or (recipe.weighting == "none" and recipe.allocation != "loss"):
+    """What the recipe weights outputs or prices ranks by, not yet computed; None if it does neither.
+
+    rows  that each layer reads of the first batch
+
+    Tells how much memory the walk will take.
+    """
+    recipe, batches, names = state.recipe, calibration.batches, sorted(n for g in plan.groups for n in g.names)
+    needed = isinstance(recipe, Mpifa) and (recipe.weighting != "none" or recipe.allocation == "loss")
+    walked = needed and blockwise(state.model, plan, names, batches[0])
+    wanted = recipe.weighting if isinstance(recipe, Mpifa) and recipe.weighting != "none" else "full"
+    size = walk_size(state.model, plan, rows, batches, recipe, blockwise=walked, units=_unit_sizes(state))
+    form = choose_form(size, wanted)
+    _say(state, str(bound(size, form)))
+    if not isinstance(recipe, Mpifa) or not needed:
         return None
-    size = sum(8 * state.named[name].weight.shape[0] ** 2 for name in names)
-    form = "diagonal" if recipe.weighting == "diagonal" or size > GRADIENT_BYTES else "full"
-    return OutputMoments(
-        state.model,
-        plan,
-        names,
-        calibration.batches,
-        form=form,
-        seed=recipe.seed,
-        scratch=state.scratch,
-        device=state.device,
-        again=recipe.weighting != "none",
-    )
+    if form != wanted:
+        beside = bound(size, wanted).beside / 2**30
+        _log.warning(
+            "%s: %s gradient moments would take %.1f GiB of memory, above %.0f; the %s ones are used",
+            *(state.writer.header.run_id, wanted, beside, BUDGET / 2**30, form),
+        )
+    again = recipe.weighting != "none"
+    facts: dict[str, Any] = {"form": form, "walked": walked, "seed": recipe.seed, "again": again}
+    return OutputMoments(state.model, plan, names, batches, scratch=state.scratch, device=state.device, **facts)
+
+
+def _unit_sizes(state: _Walk) -> Callable[[Sequence[str]], list[int]]:
+    """m of the sets of layers that the recipe joins, among names that read the same tensor."""
+    return lambda names: [_unit(state, members).shape[0] for members in _joint_sets(state, names)]
+
+
+def _say(state: _Walk, text: str) -> None:
+    _log.info("%s: %s", state.writer.header.run_id, text)
+    if not state.bar.disable:
+        state.bar.write(text, file=sys.stderr)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -301,7 +336,7 @@ def _dense_blocks(
         for index, state.gradients, moments in outputs.blocks(rows[0] if rows else [], readers):
             yield plan.inside[0][index], moments
         state.gradients = outputs.kept
-        if outputs.blockwise:
+        if outputs.walked:
             return
     for stack, captured, blocks in zip(plan.stacks, rows, plan.inside, strict=True):
         hidden = [row.hidden for row in captured]
@@ -320,7 +355,7 @@ def _price_group(state: _Walk, group: Group, moments: SecondMoments, found: list
     moments.check(group.names[0])
     priced = {state.named[name].key for ways in found for names in ways.ways[0] for name in names}
     outputs: dict[str, Tensor] = {}
-    whitening = whiten(moments.gram, moments.count, overwrite=True)
+    whitening = whiten(moments.take_gram(), moments.count, overwrite=True)
     for name in group.names:
         layer = state.named[name]
         has_price = state.recipe.allocation != "loss" or name in state.gradients
@@ -390,42 +425,56 @@ def _walk_stack(
     changed = list(dense)
     for index, (prefix, block, groups) in enumerate(zip(prefixes, blocks, groups_of, strict=True)):
         with on_device(block, state.device):
-            held_moments = _no_moments(state, [group for group in groups if state.missing(group)])
-            held = watch_block(block, index, held_rows, held, _seen(held_moments, prefix))
+            visit = _Visit(block, prefix, index, groups, held_rows, held)
             if isinstance(state.recipe, Mpifa):
-                flows = dense, changed
-                dense, changed = _walk_two_flows(state, prefix, block, index, groups, rows, *flows, held_moments)
-                continue
-            moments = _no_moments(state, [group for group in groups if state.missing(group)])
-            dense = watch_block(block, index, rows, dense, _seen(moments, prefix))
-            for group in groups:
-                if group.names[0] in moments:
-                    _compress_group(state, group, moments.pop(group.names[0]), held_moments.pop(group.names[0]))
+                dense, changed = _walk_two_flows(state, visit, rows, dense, changed)
+            else:
+                moments = _no_moments(state, [group for group in groups if state.missing(group)])
+                dense = watch_block(block, index, rows, dense, _seen(moments, prefix))
+                for group in groups:
+                    if group.names[0] in moments:
+                        _compress_group(state, group, moments.pop(group.names[0]), visit.held_moments(state, group))
+            held = watch_block(block, index, held_rows, held, {})
+
+
+@dataclass(eq=False)
+class _Visit:
+    """One block of the walk, and what enters it of the text that is held out to measure errors on."""
+
+    block: nn.Module
+    prefix: str
+    index: int
+    groups: Sequence[Group]
+    held_rows: Sequence[Captured]
+    held: Sequence[Tensor]
+
+    def held_moments(self, state: _Walk, group: Group) -> SecondMoments:
+        """Moments of what a group reads of it. Of one group only: those of all would be as large as the solver."""
+        found = _empty(state, group.names[0])
+        for row, states in zip(self.held_rows, self.held, strict=True):
+            name = group.names[0].removeprefix(self.prefix)
+            found.add(inputs_of(self.block, name, row.calls[self.index], states, row.mask))
+        return found
 
 
 def _walk_two_flows(
-    state: _Walk,
-    prefix: str,
-    block: nn.Module,
-    index: int,
-    groups: Sequence[Group],
-    rows: Sequence[Captured],
-    dense: list[Tensor],
-    changed: list[Tensor],
-    held: dict[str, SecondMoments],
+    state: _Walk, visit: _Visit, rows: Sequence[Captured], dense: list[Tensor], changed: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Factor the layers of one block; returns the hidden states that leave it in both flows."""
-    if state.outputs is not None and state.outputs.again and held:
+    block, index = visit.block, visit.index
+    firsts = [group.names[0] for group in visit.groups if state.missing(group)]
+    if state.outputs is not None and state.outputs.again and firsts:
         state.gradients = state.outputs.kept | state.outputs.of_block(index, rows, dense)
-    flows = TwoFlows(block, index, rows, dense, changed, [name.removeprefix(prefix) for name in held])
-    for group in groups:
-        if group.names[0] in held:
-            found = flows.moments(group.names[0].removeprefix(prefix))
-            _compress_group(state, group, found, held.pop(group.names[0]))
+    flows = TwoFlows(block, index, rows, dense, changed, [name.removeprefix(visit.prefix) for name in firsts])
+    for group in visit.groups:
+        if group.names[0] in firsts:
+            found = flows.moments(group.names[0].removeprefix(visit.prefix))
+            _compress_group(state, group, found, visit.held_moments(state, group))
         for name in group.names:
+            state.gradients.pop(name, None)
             weight = state.weight_of(name)
             if weight is not None:
-                flows.replace(name.removeprefix(prefix), weight)
+                flows.replace(name.removeprefix(visit.prefix), weight)
     return flows.outputs() if index + 1 < len(rows[0].calls) else ([], [])
 
 
@@ -441,7 +490,7 @@ def _compress_group(state: _Walk, group: Group, moments: SecondMoments, held: Se
     started = time.perf_counter()
     measure = Measure(held.gram if held.count else moments.gram.clone())
     drift = moments.drift_(state.recipe.mixing) if isinstance(state.recipe, Mpifa) else None
-    whitening = whiten(moments.gram, moments.count, overwrite=True)
+    whitening = whiten(moments.take_gram(), moments.count, overwrite=True)
     units = dict.fromkeys(state.units[state.named[name].key] for name in group.names)
     shared = (time.perf_counter() - started) / len(units)
     for unit in units:
@@ -450,7 +499,8 @@ def _compress_group(state: _Walk, group: Group, moments: SecondMoments, held: Se
             records = _compress_unit(state, unit, whitening, drift, measure)
             seconds = (time.perf_counter() - began + shared) / len(records)
             for record in records:
-                facts = {"input_rank": whitening.rank, "tokens": moments.count} if record.object else {}
+                facts = {"input_rank": whitening.rank, "tokens": moments.count, "weighting": _form_of(state, unit)}
+                facts = facts if record.object else {}
                 state.add(replace(record, seconds=seconds, details=record.details | facts))
 
 
@@ -493,6 +543,12 @@ def _weighting(state: _Walk, unit: Unit) -> Weighting:
         for layer in unit.layers
     ]
     return parts[0] if len(parts) == 1 else StackedWeighting(parts, unit.sizes)
+
+
+def _form_of(state: _Walk, unit: Unit) -> str:
+    """The form of the gradient moments that the unit's outputs were weighted by."""
+    known = all(any(name in state.gradients for name in layer.names) for layer in unit.layers)
+    return state.outputs.form if state.outputs is not None and state.outputs.again and known else "none"
 
 
 def _fit(recipe: Calibrated, matrix: Tensor, target: Tensor, whitening: Whitening, weighting: Weighting) -> Truncatable:

@@ -49,6 +49,11 @@ class SecondMoments:
         """``mixing`` (cross - gram), n x n: W times it is what a target mixed from both flows adds to W G."""
         return None if self.cross is None or mixing == 0 else mixing * (self.cross - self.gram)
 
+    def take_gram(self) -> Tensor:
+        """G, which is not kept here any longer."""
+        gram, self.gram = self.gram, self.gram.new_empty(0, 0)
+        return gram
+
     def drift_(self, mixing: float) -> Tensor | None:
         """``drift`` in the place of ``cross``, which is gone."""
         cross, self.cross = self.cross, None

@@ -29,18 +29,19 @@ from pifa_compile.compression.gradients import (
     runs_apart,
 )
 from pifa_compile.compression.losses import output_width
+from pifa_compile.compression.memory import KEPT_BYTES
 from pifa_compile.compression.moments import GradientMoments, SecondMoments
 from pifa_compile.store.scratch import Scratch
 
-#: On disk, H of all blocks up to this size; above it gradients to make them from.
-KEPT_BYTES = 4 << 30
 _PLAN = "plan"
 
 
 class OutputMoments:
-    """H at the outputs of the layers of one run, in one of two ways: see ``blockwise``.
+    """H at the outputs of the layers of one run.
 
     names    linear modules whose moments are asked for
+    form     "full" or "diagonal"
+    walked   whether blocks are walked backwards one at a time, see ``blockwise``; else the model has one graph
     again    whether ``of_block`` will be called after the backward walk
     scratch  what is kept there is enough to go on with the run in another process: see ``plan``
     """
@@ -53,15 +54,16 @@ class OutputMoments:
         batches: Sequence[Batch],
         *,
         form: str,
+        walked: bool,
         seed: int,
         scratch: Scratch,
         device: torch.device,
         again: bool,
     ) -> None:
         self._model, self._names, self._batches = model, names, batches
-        self._form, self._seed, self._scratch, self._device, self.again = form, seed, scratch, device, again
+        self.form, self._seed, self._scratch, self._device, self.again = form, seed, scratch, device, again
         self._walk: BackwardWalk | None = None
-        if blockwise(model, plan, names, batches[0]):
+        if walked:
             self._walk = BackwardWalk(model, plan.stacks[0], names, batches, form, seed, scratch, device)
         self.kept: dict[str, Tensor] = {}
         self.plan: list[Any] | None = None
@@ -69,12 +71,7 @@ class OutputMoments:
             self._resume()
 
     @property
-    def form(self) -> str:
-        """ "full" or "diagonal"."""
-        return self._form
-
-    @property
-    def blockwise(self) -> bool:
+    def walked(self) -> bool:
         """Whether blocks are walked backwards one at a time; else the whole model has one graph."""
         return self._walk is not None
 
@@ -94,7 +91,7 @@ class OutputMoments:
         """
         if self._walk is None:
             with on_device(self._model, self._device):
-                found = gradient_moments(self._model, self._names, self._batches, self._form, self._seed)
+                found = gradient_moments(self._model, self._names, self._batches, self.form, self._seed)
             self._keep(found)
             return
         for index, sums, moments in self._walk.blocks(rows, readers):
@@ -124,13 +121,13 @@ class OutputMoments:
     def finish(self, plan: list[Any]) -> None:
         """After the backward pass: remember, for another attempt, what was planned with it (JSON)."""
         self.plan = plan
-        self._scratch.put(_PLAN, self.kept, {"plan": self.plan, "files": self._files(), "form": self._form})
+        self._scratch.put(_PLAN, self.kept, {"plan": self.plan, "files": self._files(), "form": self.form})
 
     def _resume(self) -> None:
         """Take over what an earlier attempt planned, if all that the walk will read is still there."""
         kept, facts = self._scratch.get(_PLAN, self._device)
         files = self._files()
-        if facts["form"] == self._form and facts["files"] == files and all(map(self._scratch.has, files)):
+        if facts["form"] == self.form and facts["files"] == files and all(map(self._scratch.has, files)):
             self.kept, self.plan = kept, facts["plan"]
 
     def _files(self) -> list[str]:
@@ -145,7 +142,7 @@ class OutputMoments:
     @property
     def _keeps_moments(self) -> bool:
         widths = [output_width(self._model.get_submodule(name)) for name in self._names]
-        return sum(4 * (m * m if self._form == "full" else m) for m in widths) <= KEPT_BYTES
+        return sum(4 * (m * m if self.form == "full" else m) for m in widths) <= KEPT_BYTES
 
     def _keep(self, found: dict[str, GradientMoments]) -> None:
         self.kept = _means(found)

@@ -25,14 +25,14 @@ DEAD = 1e-8
 class Whitening:
     """A square root L (n x n) of regularised second moments.
 
-    factor   L: lower triangular, or any invertible matrix if ``inverse`` is there
-    rank     how many directions the tokens span, as found
-    inverse  L^-1, or None where L is triangular and solving is as good
+    factor  L: lower triangular, or S V R if ``scales`` are there, V orthogonal, S and R diagonal
+    rank    how many directions the tokens span, as found
+    scales  the diagonals of S^2 and R^2: L^-1 = R^-2 L^T S^-2
     """
 
     factor: Tensor
     rank: int
-    inverse: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
 
     @property
     def gram(self) -> Tensor:
@@ -45,15 +45,17 @@ class Whitening:
 
     def remove(self, whitened: Tensor) -> Tensor:
         """B L^-1 (m x n)."""
-        if self.inverse is not None:
-            return whitened @ self.inverse
+        if self.scales is not None:
+            left, right = self.scales
+            return ((whitened / right) @ self.factor.T).div_(left)
         solved: Tensor = torch.linalg.solve_triangular(self.factor, whitened, upper=False, left=False)
         return solved
 
     def project(self, moment: Tensor) -> Tensor:
         """K L^-T (m x n) of a cross moment K = Y X^T."""
-        if self.inverse is not None:
-            return moment @ self.inverse.T
+        if self.scales is not None:
+            left, right = self.scales
+            return ((moment / left) @ self.factor).div_(right)
         solved: Tensor = torch.linalg.solve_triangular(self.factor.T, moment, upper=True, left=False)
         return solved
 
@@ -61,8 +63,8 @@ class Whitening:
 def whiten(gram: Tensor, count: int | None = None, *, overwrite: bool = False) -> Whitening:
     """The whitening of second moments G (n x n, symmetric, float64) of ``count`` tokens.
 
-    overwrite  G may be used as workspace. At most 8 n^2 bytes beside it and the result are needed then, 24 n^2 where G
-               is singular; 8 n^2 more without
+    overwrite  G may be used as workspace. Nothing of its size beside it and the result is needed then, but for the
+               workspace of the eigendecomposition where G is singular, twice its size
 
     Cholesky with a relative ridge; where G is singular (fewer tokens than inputs, a pivot that is all ridge, Cholesky
     failed) by eigendecomposition with a relative floor. Directions that no token excites keep a small weight, so that
@@ -99,7 +101,6 @@ def _by_eigenvalues(correlations: Tensor, scale: Tensor, dead: int) -> Whitening
     values, vectors = torch.linalg.eigh(correlations)
     floor = FLOOR * values[-1]
     rank = int((values > floor).sum()) - dead  # a dead input is its own eigenvector, with value 1
-    roots = values.clamp_min(floor).sqrt()
-    factor = (vectors * roots).mul_(scale[:, None])
-    inverse = vectors.div_(roots).div_(scale[:, None]).T
-    return Whitening(factor, max(rank, 0), inverse)
+    squares = values.clamp_min(floor)
+    factor = vectors.mul_(squares.sqrt()).mul_(scale[:, None])
+    return Whitening(factor, max(rank, 0), (scale.square(), squares))

@@ -61,7 +61,8 @@ class Scratch:
         whole = metadata.get("sha256") == hashlib.sha256(canonical(body)).hexdigest()
         if not whole or body["tensors"] != found:
             raise DamagedError(path, "it is not what was written", _CURE)
-        return {key: t.to(device) for key, t in tensors.items()}, body["facts"]
+        # Copied out of the mapping of the file, all of which would stay in memory as long as one of them does.
+        return {key: t.to(device, copy=True) for key, t in tensors.items()}, body["facts"]
 
     def has(self, name: str) -> bool:
         """Whether there is such a name, whole or damaged."""
