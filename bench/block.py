@@ -27,7 +27,7 @@ from pifa_compile.compression.flows import Plan, TwoFlows, capture, find_plan, i
 from pifa_compile.compression.gradients import BackwardWalk
 from pifa_compile.compression.measure import Measure
 from pifa_compile.compression.memory import bound, walk_size
-from pifa_compile.compression.moments import GradientMoments, SecondMoments
+from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.compression.mpifa import closed_form, output_weighting, whitened_target
 from pifa_compile.compression.whitening import whiten
 from pifa_compile.factors import rank_for_density
@@ -132,6 +132,7 @@ def _stages(
     (rows,) = clock("capture (two blocks and the loss)", lambda: capture(model, plan, batches, {}, walk.forward), scale)
     firsts = [group.names[0] for group in plan.inside[0][1]]
     _, gradients, _ = clock("gradients and input moments", lambda: next(walk.blocks(rows, [firsts, firsts])), scale)
+    means = {name: gradients.pop(name).mean_().float() for name in list(gradients)}
     hidden = [scratch.get(f"inputs-0-{number}")[0]["hidden"] for number in range(len(batches))]
     prefix, store = stack.prefixes[1], Store(folder / "store")
     flows = clock(
@@ -142,7 +143,8 @@ def _stages(
     for group in plan.inside[0][1]:
         moments = clock("moments of both flows", lambda g=group: flows.moments(g.names[0].removeprefix(prefix)), scale)
         if not options.no_solve:
-            _solve(clock, model, group, moments, gradients, store, options)
+            _solve(clock, model, group, moments, means, store, options)
+        del moments
 
 
 def _names(plan: Plan) -> list[str]:
@@ -154,7 +156,7 @@ def _solve(
     model: nn.Module,
     group: Group,
     moments: SecondMoments,
-    gradients: dict[str, GradientMoments],
+    gradients: dict[str, Tensor],
     store: Store,
     options: argparse.Namespace,
 ) -> None:
@@ -165,8 +167,7 @@ def _solve(
     whitening = clock("whiten", lambda: whiten(moments.take_gram(), max(moments.count, n), overwrite=True))
     for name in group.names:
         weight = model.get_submodule(name).weight.detach()
-        h = gradients.pop(name).mean_().float()
-        weighting = clock("weighting", lambda h=h: output_weighting(h))
+        weighting = clock("weighting", lambda name=name: output_weighting(gradients.pop(name)))
         target = whitened_target(weight, whitening, drift)
         fitted = clock("solve", lambda t=target, w=weighting: closed_form(t, whitening, w))
         r = rank_for_density(*weight.shape, options.density, 16)

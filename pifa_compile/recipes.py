@@ -165,8 +165,8 @@ class Mpifa(Calibrated):
 
     mixing     weight of the dense model's outputs in the target, from 0 to 1; the rest is what the dense layer makes of
                the inputs in the compressed model
-    weighting  of a layer's outputs by the gradient of the loss: "full", "diagonal" or "none". Where the walk
-               would need more than 6 GiB of memory with full moments, their diagonals are used, and a warning says so
+    weighting  of a layer's outputs by the gradient of the loss: "full", "diagonal" or "none". Where full
+               moments would take the walk above 6 GiB of memory, their diagonals are used, and a warning says so
     solver     "closed" finds the optimum; "alternating" is the published two-step form, which has no weighting
 
     The method as published: solver "alternating", weighting "none", allocation "uniform", mixing 0.25, joint ().

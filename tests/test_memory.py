@@ -41,11 +41,13 @@ def test_a_model_of_seven_billion_stays_below_six_gigabytes(tokens, itemsize):
 
 
 def test_the_form_is_the_diagonal_one_where_full_moments_do_not_fit():
-    wider = [GroupSize(8192, (28672, 28672)), GroupSize(28672, (8192,))]
-    size = WalkSize([wider] * 80, [], 16384, 2048, 8192, 2, 1 << 30)
+    size = WalkSize([[GroupSize(4096, (28672, 28672))]] * 80, [], 16384, 2048, 4096, 2, 1 << 30)
     assert bound(size, "full").beside > BUDGET
     assert [choose_form(size, form) for form in ("full", "diagonal")] == ["diagonal", "diagonal"]
     assert bound(size, "diagonal").beside < bound(size, "full").beside
+    many_inputs = WalkSize([[GroupSize(28672, (4096,))]] * 80, [], 16384, 2048, 8192, 2, 1 << 30)
+    assert bound(many_inputs, "full").beside > BUDGET
+    assert choose_form(many_inputs, "full") == "full", "its diagonal would not help"
     at_once = seven_billion(blockwise=False)
     assert bound(at_once, "full").moments["full"] == 32 * bound(seven_billion(), "full").moments["full"]
     assert choose_form(at_once, "full") == "diagonal"
@@ -99,7 +101,7 @@ def peak_beside(root, settings, length):
     calibrated.bound = lambda *given: found.append(real(*given)) or found[-1]
     text = torch.randint(0, 40, (34, length))
     compress(llama(), Mpifa(density=0.5), text=text[:, :16], store=root, progress=False)  # imports, thread pools
-    model = llama(hidden_size=256, intermediate_size=1536)
+    model = llama(hidden_size=128, intermediate_size=1024)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     compress(model, Mpifa(density=0.5, **settings), text=text, store=root, progress=False)
@@ -115,9 +117,8 @@ def _status(key):
 @pytest.mark.parametrize(
     ("settings", "length"),
     [
-        ({}, 64),
-        ({"allocation": "uniform"}, 32),  # fewer tokens than the widest layer has inputs
-        ({"weighting": "none", "allocation": "uniform"}, 256),
+        ({}, 24),  # fewer tokens than the widest layer has inputs
+        ({"weighting": "none", "allocation": "uniform"}, 128),
     ],
 )
 def test_a_walk_stays_below_the_bound_and_not_far(tmp_path, settings, length):

@@ -126,7 +126,8 @@ def test_a_run_that_stopped_while_gradients_were_walked_begins_them_again(tmp_pa
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.weighting}-{r.allocation}")
 def test_pricing_changes_nothing_but_the_ranks(tmp_path, recipe):
-    """Layers with a rank of their own have no price."""
+    """Layers with a rank of their own have no price, and are not joined."""
+    recipe = replace(recipe, joint=())
     priced = run_of(bert(), recipe, tmp_path / "priced")
     own = {r.name: {"rank": r.rank} if r.object else {"dense": True} for r in priced.layers}
     given = run_of(bert(), replace(recipe, overrides=own), tmp_path / "given")

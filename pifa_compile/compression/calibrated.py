@@ -499,8 +499,7 @@ def _compress_group(state: _Walk, group: Group, moments: SecondMoments, held: Se
             records = _compress_unit(state, unit, whitening, drift, measure)
             seconds = (time.perf_counter() - began + shared) / len(records)
             for record in records:
-                facts = {"input_rank": whitening.rank, "tokens": moments.count, "weighting": _form_of(state, unit)}
-                facts = facts if record.object else {}
+                facts = {"input_rank": whitening.rank, "tokens": moments.count} if record.object else {}
                 state.add(replace(record, seconds=seconds, details=record.details | facts))
 
 
@@ -518,7 +517,7 @@ def _compress_unit(
         return unit.dense(_why_dense(recipe, unit))
     matrix = unit.matrix.to(state.device)
     target = whitened_target(matrix, whitening, drift)
-    weighting = _weighting(state, unit)
+    form, weighting = _form_of(state, unit), _weighting(state, unit)
     fitted = _fit(recipe, matrix, target, whitening, weighting)
     r = min(planned, fitted.rank)
     if r == 0:
@@ -530,16 +529,16 @@ def _compress_unit(
     achieved, least = measure(matrix, made.factors.weight(), r)
     loss = objective(fitted.truncate(r), target, whitening, weighting)
     digest = state.store.put_factors(made.factors)
-    facts = {"truncation": achieved, "least_error": least, "details": {"objective": loss}}
+    facts = {"truncation": achieved, "least_error": least, "details": {"objective": loss, "weighting": form}}
     return [factored_record(unit, made, digest, **facts)]
 
 
 def _weighting(state: _Walk, unit: Unit) -> Weighting:
-    """What the unit's outputs are weighted by, if its recipe asks for it."""
+    """What the unit's outputs are weighted by, if its recipe asks for it. The moments that it is made of are gone."""
     if not isinstance(state.recipe, Mpifa) or state.recipe.weighting == "none":
         return OutputWeighting()
     parts = [
-        output_weighting(next((state.gradients[name] for name in layer.names if name in state.gradients), None))
+        output_weighting(next((state.gradients.pop(n) for n in layer.names if n in state.gradients), None))
         for layer in unit.layers
     ]
     return parts[0] if len(parts) == 1 else StackedWeighting(parts, unit.sizes)

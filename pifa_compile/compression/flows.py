@@ -30,7 +30,7 @@ from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.layers import as_matrix, layout_of, matrix_shape
 
 #: What linear layers of one block read is kept for all groups at once up to this size.
-CACHED_BYTES = 1 << 30
+CACHED_BYTES = 1 << 29
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from pifa_compile.compression.moments import CHUNK
 from pifa_compile.layers import layout_of, output_embedding
 from pifa_compile.recipes import Calibrated, Mpifa
 
-#: A walk with full gradient moments needs at most this; one that would need more gets their diagonals.
+#: Above this, a walk has the diagonals of its gradient moments if it needs less with them.
 BUDGET = 6 << 30
 #: On disk, gradient moments of all blocks up to this size; above it gradients to make them from.
 KEPT_BYTES = 4 << 30
@@ -157,8 +157,12 @@ def bound(size: WalkSize, form: str) -> Bound:
 
 
 def choose_form(size: WalkSize, wanted: str) -> str:
-    """The form of gradient moments that is wanted, or the diagonal one where the full one needs more than BUDGET."""
-    return "diagonal" if wanted == "full" and bound(size, "full").beside > BUDGET else wanted
+    """The form of gradient moments that is wanted, or the diagonal one where the full one needs more than BUDGET.
+
+    Where something else needs as much, less is not gained by it and the full one stays.
+    """
+    full, diagonal = (bound(size, form).beside for form in ("full", "diagonal"))
+    return "diagonal" if wanted == "full" and full > max(BUDGET, diagonal) else wanted
 
 
 def _backward(size: WalkSize, form: str) -> int:
@@ -187,7 +191,7 @@ def _price(size: WalkSize, block: Sequence[GroupSize], index: int, form: str) ->
     later = sum(8 * other.n**2 for other in block[index + 1 :])
     outputs = sum(8 * m * g.n for m in g.outputs)
     root = max(_root(m, form) for m in g.outputs) if size.gradients else 0
-    weighted = 8 * g.n**2 + outputs + max(root + 2 * _matrix(g), _singular_values(g))
+    weighted = 8 * g.n**2 + outputs + max(root + 16 * max(g.outputs) * g.n, _singular_values(g))
     running = 0 if size.gradients and size.blockwise else 8 * g.n**2 + _graph(size, block)
     return h + later + max(_whiten(g.n), weighted, running)
 
@@ -196,7 +200,8 @@ def _solve(size: WalkSize, block: Sequence[GroupSize], index: int, form: str) ->
     """A group's turn: its moments in both flows, then its factors; moments and inputs of the groups after it."""
     g = block[index]
     square = 8 * g.n**2
-    h = 4 * sum(_moments([other], form) for other in block[index:]) if size.weighted else 0
+    h = 4 * _moments(block[index + 1 :], form) if size.weighted else 0
+    own_h = 4 * _moments([g], form) if size.weighted else 0
     cached = size.tokens * size.itemsize
     reads = sum(cached * other.n for other in block) <= CACHED_BYTES
     later = sum(cached * other.n for other in block[index + 1 :]) if reads else 0
@@ -205,9 +210,14 @@ def _solve(size: WalkSize, block: Sequence[GroupSize], index: int, form: str) ->
     own = cached * g.n if reads else 0
     reading = flows * square + own + flows * _converted(size, g.n) + _graph(size, block)
     whitened = flows * square + _whiten(g.n)  # drift and held-out moments beside what is whitened
-    measured = (flows + 1) * square + (5 * square if g.widest > g.n else 0)
-    root = _root(g.widest, form if size.weighted else "none")
-    factored = measured + max(root + 2 * _matrix(g), root // 2 + 5 * _matrix(g) + 48 * _least(g) ** 2)
+    # Drift, square root and held-out moments; the square root of those, kept from the first layer on.
+    squares = (flows + 1 + (g.widest > g.n)) * square
+    roots = 2 * own_h  # in float64, of all layers of a unit at most
+    rooted = roots + own_h + max(_root(m, form) for m in g.outputs) // 2 * size.weighted + 2 * _matrix(g)
+    solved = roots + _decomposed(g)
+    checked = roots + 4 * _matrix(g) + 8 * _least(g) ** 2
+    measured = roots + 3 * _matrix(g) + (4 * square if g.widest > g.n else 2 * _matrix(g) + 8 * _least(g) ** 2)
+    factored = squares + max(rooted, solved, checked, measured)
     again = _graph(size, block) + 8 * _moments(block, form) if size.weighted and index == 0 else 0
     return h + later + waiting + max(reading, whitened, factored, again)
 
@@ -228,6 +238,13 @@ def _matrix(g: GroupSize) -> int:
 
 def _least(g: GroupSize) -> int:
     return min(g.widest, g.n)
+
+
+def _decomposed(g: GroupSize) -> int:
+    """The target beside its singular value decomposition, see ``closed_form``."""
+    square = 8 * _least(g) ** 2
+    tall = g.widest >= 2 * g.n
+    return _matrix(g) + (max(2 * _matrix(g) + square, _matrix(g) + 8 * square) if tall else 3 * _matrix(g) + 6 * square)
 
 
 def _singular_values(g: GroupSize) -> int:

@@ -9,7 +9,8 @@ flows it is the target of MPIFA (Zhao et al., ICML 2025, arXiv 2501.19090), whos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ class OutputWeighting:
             return outputs
         return self.root[:, None] * outputs if self.root.dim() == 1 else self.root.T @ outputs
 
+    def pieces(self, m: int) -> Iterator[tuple[OutputWeighting, slice]]:
+        """The weighting of each layer, and its rows among all m: of one layer here."""
+        yield self, slice(0, m)
+
     def remove(self, weighted: Tensor) -> Tensor:
         """S^-T Z (m x ...)."""
         if self.root is None:
@@ -53,13 +58,24 @@ class StackedWeighting:
 
     def apply(self, outputs: Tensor) -> Tensor:
         """S^T Y (m x ...), S block-diagonal."""
-        rows = outputs.split(list(self.sizes))
-        return torch.cat([part.apply(own) for part, own in zip(self.parts, rows, strict=True)])
+        found = torch.empty_like(outputs)
+        for part, rows in self.pieces(len(outputs)):
+            found[rows] = part.apply(outputs[rows])
+        return found
 
     def remove(self, weighted: Tensor) -> Tensor:
         """S^-T Z (m x ...)."""
-        rows = weighted.split(list(self.sizes))
-        return torch.cat([part.remove(own) for part, own in zip(self.parts, rows, strict=True)])
+        found = torch.empty_like(weighted)
+        for part, rows in self.pieces(len(weighted)):
+            found[rows] = part.remove(weighted[rows])
+        return found
+
+    def pieces(self, m: int) -> Iterator[tuple[OutputWeighting, slice]]:
+        """The weighting of each layer, and its rows among all m."""
+        start = 0
+        for part, m in zip(self.parts, self.sizes, strict=True):
+            yield part, slice(start, start + m)
+            start += m
 
 
 Weighting = OutputWeighting | StackedWeighting
@@ -124,8 +140,23 @@ class ClosedForm:
 def closed_form(target: Tensor, whitening: Whitening, weighting: Weighting | None = None) -> ClosedForm:
     """Solve min ||S^T (B L - T)|| over B of any rank, for a whitened target T (m x n)."""
     weighting = weighting or OutputWeighting()
-    left, values, right = torch.linalg.svd(weighting.apply(target), full_matrices=False)
+    left, values, right = _thin_svd(lambda: weighting.apply(target))
     return ClosedForm(left, values, right, whitening, weighting)
+
+
+def _thin_svd(make: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a matrix that is made here, so that it is gone as soon as it can be.
+
+    Of a tall one by way of its QR decomposition: with two matrices of its size at a time in place of four.
+    """
+    matrix = make()
+    if matrix.shape[0] < 2 * matrix.shape[1]:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    basis, triangle = torch.linalg.qr(matrix)
+    del matrix
+    left, values, right = torch.linalg.svd(triangle, full_matrices=False)
+    return basis @ left, values, right
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +191,12 @@ def alternating(weight: Tensor, target: Tensor, whitening: Whitening) -> Alterna
 def objective(low_rank: LowRank, target: Tensor, whitening: Whitening, weighting: Weighting | None = None) -> float:
     """||S^T (B L - T)||, what the solvers minimise, over the norm of S^T T."""
     weighting = weighting or OutputWeighting()
-    made = whitening.apply(low_rank.weight().double())
-    return float(weighting.apply(made - target).norm() / weighting.apply(target).norm())
+    lost = wanted = 0.0
+    for part, rows in weighting.pieces(target.shape[0]):  # one layer's at a time: each would be as large as the target
+        made = LowRank(low_rank.coordinates[rows], low_rank.basis).weight().double()
+        lost += float(part.apply(whitening.apply(made).sub_(target[rows])).square_().sum())
+        wanted += float(part.apply(target[rows]).square().sum())
+    return math.sqrt(lost / wanted)
 
 
 def orthonormal(left: Tensor, right: Tensor) -> LowRank:
