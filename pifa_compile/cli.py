@@ -1,4 +1,4 @@
-"""The command ``pifa``: compress | dry-run | inspect | verify | env | demo.
+"""The command ``pifa``: compress | dry-run | inspect | eval | verify | env | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. Results go to standard output, as text or with --json as
 JSON; progress and messages go to standard error.
@@ -160,6 +160,27 @@ def _inspect(options: argparse.Namespace) -> int:
     return UNVERIFIED if problems and options.verify else DONE
 
 
+def _eval(options: argparse.Namespace) -> int:
+    from pifa_compile.loading import load_model
+    from pifa_compile.quality import Reading, evaluate, find_runs
+    from pifa_compile.store import Store
+    from pifa_compile.texts import STANDARD_LIBRARY, read_text, standard_library_docstrings
+
+    stores = [Store(place) for place in options.store or [None]]
+    texts = {str(place): read_text(place) for place in options.text or []}
+    _quiet()
+    model, tokenizer = load_model(options.model, _dtype(options.dtype))
+    runs = find_runs(model.to(_device(options.device)), stores, options.run or [])
+    if not runs:
+        places = ", ".join(str(store.root) for store in stores)
+        _warn(f"no run in {places} was made of this model; only the dense one is measured")
+    reading = Reading(options.windows, options.length, options.batch, options.bos)
+    texts = texts or {STANDARD_LIBRARY: "\n\n".join(standard_library_docstrings())}
+    found = evaluate(model, tokenizer, runs, texts, reading=reading, name=options.model)
+    _show(options, found.to_json(), found)
+    return DONE
+
+
 def _verify(options: argparse.Namespace) -> int:
     from pifa_compile.loading import load_model
     from pifa_compile.store import Store
@@ -216,6 +237,15 @@ def _dtype(name: str | None) -> Any:
     return None if name is None else getattr(torch, name)
 
 
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +285,20 @@ def _parser() -> argparse.ArgumentParser:
     verify = "read and check every object, of all runs if none is named; exit code 3 if one is damaged"
     inspect.add_argument("--verify", action="store_true", help=verify)
     _store(inspect)
+
+    quality = _command(commands, "eval", _eval, "measure a model on texts, dense and with the factors of each run")
+    _model(quality)
+    which_run = "id of a run, or its beginning; may be repeated (default: every run made of this model)"
+    quality.add_argument("--run", action="append", help=which_run)
+    text = "text file, UTF-8; may be repeated (default: docstrings of the standard library)"
+    quality.add_argument("--text", action="append", type=Path, help=text)
+    quality.add_argument("--windows", type=_count, default=256, help="windows, or sentences, at most (default: 256)")
+    quality.add_argument("--length", type=_count, help="tokens in a window (default: 256), or in a sentence (64)")
+    quality.add_argument("--batch", type=_count, default=8, help="windows or sentences in one call (default: 8)")
+    quality.add_argument("--bos", action="store_true", help="begin every window with the BOS token")
+    quality.add_argument("--device", default="cpu", help="default: cpu")
+    place = "directory of a store; may be repeated (default: PIFA_CACHE_DIR, else the Hugging Face cache)"
+    quality.add_argument("--store", action="append", type=Path, help=place)
 
     check = _command(commands, "verify", _verify, "check every object of a store, and that its runs fit a model")
     check.add_argument("run", nargs="?", help="id of a run, or its beginning (default: all runs)")

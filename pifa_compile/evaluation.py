@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +27,34 @@ def windows_of(text: str, tokenizer: Any, length: int = 256, most: int | None = 
     return windows
 
 
+@dataclass(frozen=True, eq=False)
+class NextTokens:
+    """How a causal model continues windows of text: its perplexity, and its likeliest token at every position that is
+    scored (windows x length - 1, int64)."""
+
+    perplexity: float
+    choices: Tensor
+
+
 @torch.no_grad()
+def next_tokens(model: Callable[..., Any], windows: Tensor, batch: int = 8) -> NextTokens:
+    """Score all tokens of the windows (count x length) but the first of each; perplexity is exp of their mean loss."""
+    total, choices = 0.0, []
+    for ids in windows.split(batch):
+        logits = model(ids).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        total += float(loss)
+        choices.append(logits.argmax(-1))
+    return NextTokens(math.exp(total / windows[:, 1:].numel()), torch.cat(choices))
+
+
 def perplexity(model: Callable[..., Any], windows: Tensor, batch: int = 8) -> float:
     """exp of the mean loss over all tokens of the windows (count x length) but the first of each.
 
     The last batch is dropped only if it is the smaller one of several, so that a compiled model sees one shape.
     """
     size = min(batch, windows.shape[0])
-    total, tokens = 0.0, 0
-    for ids in windows[: windows.shape[0] // size * size].split(size):
-        logits = model(ids).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
-        tokens += ids[:, 1:].numel()
-    return math.exp(total / tokens)
+    return next_tokens(model, windows[: windows.shape[0] // size * size], size).perplexity
 
 
 def sentence_batches(sentences: Sequence[str], tokenizer: Any, batch: int, length: int = 64) -> list[dict[str, Tensor]]:
@@ -71,3 +86,14 @@ def similarity(dense: Tensor, compressed: Tensor) -> dict[str, float]:
         "worst_cosine": float(cosine.min()),
         "rank_correlation": float(spearmanr(*pairs).statistic),
     }
+
+
+def neighbour_agreement(dense: Tensor, compressed: Tensor) -> float:
+    """Share of sentences whose nearest other sentence, by cosine, is the same in both sets of embeddings (sentences x
+    width, unit length)."""
+    nearest = []
+    for embeddings in (dense, compressed):
+        similarities = embeddings @ embeddings.T
+        similarities.fill_diagonal_(-math.inf)
+        nearest.append(similarities.argmax(-1))
+    return float((nearest[0] == nearest[1]).double().mean())

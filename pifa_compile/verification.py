@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from pifa_compile.digest import digest_many
-from pifa_compile.evaluation import embed, perplexity, sentence_batches, similarity, windows_of
-from pifa_compile.layers import linear_weights
-from pifa_compile.loading import is_causal
-from pifa_compile.prepare import apply_
-from pifa_compile.store import Run, Store
+from pifa_compile.quality import Reading, evaluate, misfit
+from pifa_compile.store import Store
 from pifa_compile.texts import read_text
+
+#: Windows or lines of the text that are read.
+WINDOWS = 64
 
 
 @dataclass
@@ -62,31 +60,9 @@ def verify(
     for each in runs:
         found.problems += store.verify(each.run_id)
     if model is not None:
-        found.problems += [problem for r in runs if (problem := _of_another_model(r, model))]
+        found.problems += [problem for r in runs if (problem := misfit(r, model))]
         if text is not None and not found.problems:
-            found.quality = _quality(store, runs, model, tokenizer, read_text(text))
+            texts, reading = {str(text): read_text(text)}, Reading(windows=WINDOWS)
+            measured = evaluate(model, tokenizer, [(store, r) for r in runs], texts, reading=reading)
+            found.quality = {variant.name: variant.figures[str(text)] for variant in measured.variants}
     return found
-
-
-def _of_another_model(run: Run, model: nn.Module) -> str | None:
-    weights = [w for w in linear_weights(model) if w.reason is None]
-    digests = digest_many([w.parameter.detach() for w in weights])
-    known = sum(d in run.by_digest for d in digests)
-    if known == len(weights):
-        return None
-    return f"run {run.run_id} knows {known} of the {len(weights)} linear weights of {type(model).__name__}"
-
-
-def _quality(store: Store, runs: list[Run], model: nn.Module, tokenizer: Any, text: str) -> dict[str, dict[str, float]]:
-    if is_causal(model):
-        windows = windows_of(text, tokenizer, most=64)
-        variants = {"dense": model} | {r.run_id: _with(r, store, model) for r in runs}
-        return {name: {"perplexity": perplexity(variant, windows)} for name, variant in variants.items()}
-    lines = [line for line in text.splitlines() if len(line) > 20][:256]
-    batches = sentence_batches(lines, tokenizer, min(32, len(lines)))
-    dense = embed(model, batches)
-    return {r.run_id: similarity(dense, embed(_with(r, store, model), batches)) for r in runs}
-
-
-def _with(run: Run, store: Store, model: nn.Module) -> nn.Module:
-    return apply_(copy.deepcopy(model), run=run.run_id, store=store)

@@ -44,6 +44,23 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="session")
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random two-block Llama (width 32) with a tokenizer of bytes, whose token 0 begins a sequence."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("language")
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256, max_position_embeddings=256)).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_matrix() -> Callable[..., Tensor]:
     """``random_matrix(m, n, rank=None, decay=0, seed=0, dtype=torch.float32)``: with singular values that fall evenly
     (on a logarithmic scale) from 1 by ``decay`` decades; computed in float64, then rounded."""

@@ -9,7 +9,15 @@ import torch
 from scipy.stats import spearmanr
 
 from pifa_compile.errors import InputError
-from pifa_compile.evaluation import embed, perplexity, sentence_batches, similarity, windows_of
+from pifa_compile.evaluation import (
+    embed,
+    neighbour_agreement,
+    next_tokens,
+    perplexity,
+    sentence_batches,
+    similarity,
+    windows_of,
+)
 
 
 class Tokenizer:
@@ -67,6 +75,16 @@ def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary():
     assert perplexity(uniform, torch.randint(50, (3, 5))) == pytest.approx(50)
 
 
+def test_next_tokens_scores_every_window_and_tells_the_likeliest_tokens():
+    windows = torch.randint(11, (7, 9))
+    model, table, made = language_model()
+    losses = [-table[a].log_softmax(0)[b] for row in windows for a, b in itertools.pairwise(row)]
+    found = next_tokens(model, windows, batch=3)
+    assert found.perplexity == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-5)
+    assert found.choices.tolist() == [[int(table[a].argmax()) for a in row[:-1]] for row in windows]
+    assert made == [3, 3, 1]
+
+
 def test_sentence_batches_have_one_shape():
     batches = sentence_batches(["ab", "abcdefgh", "c", "d", "e"], Tokenizer(), batch=2, length=6)
     assert [b["input_ids"].shape for b in batches] == [(2, 6)] * 2
@@ -97,3 +115,16 @@ def test_similarity_compares_embeddings_and_the_order_of_their_pairs():
     }
     assert found == pytest.approx(wanted, abs=1e-6)
     assert similarity(dense, dense) == pytest.approx(dict.fromkeys(wanted, 1.0), abs=1e-6)
+
+
+def test_neighbours_agree_where_the_nearest_other_sentence_is_the_same():
+    unit = torch.nn.functional.normalize
+    dense, compressed = unit(torch.randn(9, 4), dim=1), unit(torch.randn(9, 4), dim=1)
+    nearest = [
+        [max((j for j in range(9) if j != i), key=lambda j: float(e[i].double() @ e[j].double())) for i in range(9)]
+        for e in (dense, compressed)
+    ]
+    same = sum(a == b for a, b in zip(*nearest, strict=True))
+    assert 0 < same < 9, "these embeddings decide nothing"
+    assert neighbour_agreement(dense, compressed) == pytest.approx(same / 9)
+    assert neighbour_agreement(dense, dense) == 1

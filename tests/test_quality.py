@@ -1,0 +1,176 @@
+"""The table of `pifa eval`: every figure computed again by hand, runs found and refused, the command's words."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pifa_compile
+from pifa_compile import Store, Svd
+from pifa_compile.cli import main
+from pifa_compile.errors import InputError, UnknownRunError
+from pifa_compile.layers import as_matrix
+from pifa_compile.loading import load_model, minilm_folder
+from pifa_compile.quality import Reading, evaluate, find_runs, misfit, with_run
+
+TEXT = "".join(f"def f{i}(x):\n    return x + {i * i % 17}\n" for i in range(99))
+READING = Reading(windows=6, length=32, batch=4)
+
+
+@pytest.fixture(scope="module")
+def language(language_folder):
+    return load_model(language_folder)
+
+
+@pytest.fixture
+def runs(language, store):
+    """A run at density 0.8 and one at 0.4."""
+    for density in (0.8, 0.4):
+        pifa_compile.compress(language[0], Svd(density=density, rank_multiple=1), store=store, progress=False)
+    return store.runs()
+
+
+@torch.no_grad()
+def logits_with(model, store, run, ids):
+    """Of the model with the run's low-rank weights written into its own."""
+    dense = {name: t.clone() for name, t in model.state_dict().items()}
+    for r in run.layers if run else ():
+        if r.object is not None:
+            as_matrix(model.get_submodule(r.name).weight, r.layout).copy_(store.factors(r).weight())
+    found = model(input_ids=ids).logits[:, :-1].double()
+    model.load_state_dict(dense)
+    return found
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_perplexity_and_agreement_are_those_of_the_low_rank_weights(language, store, runs, bos):
+    model, tokenizer = language
+    reading = Reading(windows=6, length=32, batch=4, bos=bos)
+    found = evaluate(model, tokenizer, [(store, r) for r in runs], {"code.py": TEXT}, reading=reading, name="m")
+    ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    ids = ids[: 6 * (32 - bos)].view(6, -1)
+    if bos:
+        ids = torch.cat([torch.full((6, 1), tokenizer.bos_token_id), ids], dim=1)
+    dense = logits_with(model, store, None, ids)
+    assert [v.name for v in found.variants] == ["dense", *(r.run_id for r in runs)]
+    for variant, run in zip(found.variants, [None, *runs], strict=True):
+        logits = logits_with(model, store, run, ids)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        same = (logits.argmax(-1) == dense.argmax(-1)).double().mean()
+        figures = variant.figures["code.py"]
+        assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+        assert figures["same_top_1"] == pytest.approx(float(same), abs=2 / ids.numel())
+        excess = math.exp(loss) - found.variants[0].figures["code.py"]["perplexity"]
+        assert figures["excess"] == pytest.approx(excess, abs=1e-3)
+    assert found.variants[0].figures["code.py"]["same_top_1"] == 1 > found.variants[2].figures["code.py"]["same_top_1"]
+    words = ["6 windows of 32 tokens", "no overlap", f"{6 * 31} tokens scored", f"{len(TEXT):,} characters"]
+    words.append("each beginning with the BOS token" if bos else "no BOS or other special token")
+    assert all(word in found.protocol["code.py"] for word in words)
+
+
+def test_densities_count_the_replaced_layers_and_the_whole_model(language, store, runs):
+    model, tokenizer = language
+    found = evaluate(model, tokenizer, [(store, runs[1])], {"a": TEXT}, reading=READING)
+    replaced = [r for r in runs[1].layers if r.object is not None]
+    dense, kept = sum(r.shape[0] * r.shape[1] for r in replaced), sum(r.numbers for r in replaced)
+    total = sum(p.numel() for p in model.parameters())
+    assert found.variants[1].density == pytest.approx(kept / dense)
+    assert found.variants[1].model_density == pytest.approx((total - dense + kept) / total)
+    assert sum(p.numel() for p in with_run(model, store, runs[1]).parameters()) < total
+
+
+def test_a_variant_shares_what_it_does_not_replace_and_the_model_stays(language, store, runs):
+    model, _ = language
+    before = {name: t.data_ptr() for name, t in model.state_dict().items()}
+    variant = with_run(model, store, runs[0])
+    assert variant.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == before
+    assert type(variant.model.layers[0].mlp.up_proj) is not type(model.model.layers[0].mlp.up_proj)
+
+
+def test_runs_are_those_of_the_model_in_all_stores(language, store, runs, tmp_path):
+    model, _ = language
+    other = Store(tmp_path / "other")
+    mine = pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), store=other, progress=False).run
+    stranger = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    theirs = pifa_compile.compress(stranger, Svd(density=0.5, rank_multiple=1), store=other, progress=False).run
+    found = find_runs(model, [store, other])
+    assert [(s.root, r.run_id) for s, r in found] == [
+        *((store.root, r.run_id) for r in runs),
+        (other.root, mine.run_id),
+    ]
+    assert [r.run_id for _, r in find_runs(model, [store, other], [mine.run_id[:8], runs[0].run_id])] == [
+        mine.run_id,
+        runs[0].run_id,
+    ]
+    with pytest.raises(UnknownRunError, match=r"'svd-0\.9' is no run"):
+        find_runs(model, [store, other], ["svd-0.9"])
+    assert misfit(theirs, model) == f"run {theirs.run_id} knows 0 of the 14 linear weights of LlamaForCausalLM"
+    with pytest.raises(InputError, match="knows 0 of the 14 linear weights of LlamaForCausalLM; name another run"):
+        evaluate(model, None, [(other, theirs)], {"a": TEXT})
+
+
+def test_similarity_of_an_encoder_and_its_nearest_neighbours(store):
+    model, tokenizer = load_model(minilm_folder())
+    run = pifa_compile.compress(model, Svd(density=0.7), store=store, progress=False).run
+    subjects = ["The weather of the month", "A list of numbers", "The old town hall", "Compression of a matrix"]
+    text = "\n".join(f"{s} is spoken of in sentence number {i}." for i in range(3) for s in subjects) + "\nshort\n"
+    found = evaluate(model, tokenizer, [(store, run)], {"t": text}, reading=Reading(batch=4, length=16))
+    dense, compressed = (v.figures["t"] for v in found.variants)
+    assert dense == pytest.approx(dict.fromkeys(dense, 1.0), abs=1e-5)
+    assert 0.3 < compressed["mean_cosine"] < 0.999
+    assert compressed["worst_cosine"] <= compressed["mean_cosine"]
+    assert compressed["same_neighbour"] * 12 == pytest.approx(round(compressed["same_neighbour"] * 12))
+    assert "12 lines of more than 20 characters" in found.protocol["t"]
+    with pytest.raises(InputError, match="1 lines of more than 20 characters; give three"):
+        evaluate(model, tokenizer, [], {"t": text.splitlines()[0]})
+    with pytest.raises(InputError, match="leave out the BOS token"):
+        evaluate(model, tokenizer, [], {"t": text}, reading=Reading(bos=True))
+
+
+def test_what_cannot_be_measured_is_refused(language):
+    model, tokenizer = language
+    with pytest.raises(InputError, match="a window cannot have 300 tokens; give 2 to 256"):
+        evaluate(model, tokenizer, [], {"t": TEXT}, reading=Reading(length=300))
+    with pytest.raises(InputError, match="less than one window"):
+        evaluate(model, tokenizer, [], {"t": "short"}, reading=READING)
+    tokenizer.pad_token = tokenizer.bos_token
+    with pytest.raises(InputError, match="has no token outputs"):
+        evaluate(nn.Sequential(nn.Linear(2, 2)), tokenizer, [], {"t": "A line of some length.\n" * 9})
+    tokenizer_without = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="no beginning-of-sequence token"):
+        evaluate(model, tokenizer_without, [], {"t": TEXT}, reading=Reading(length=32, bos=True))
+
+
+def test_the_command_prints_the_dense_model_first_and_its_protocol(language_folder, runs, store, tmp_path, capsys):
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text in texts:
+        text.write_text(TEXT)
+    command = ["eval", str(language_folder), "--windows", "4", "--length", "16", "--store", str(store.root)]
+    command += [word for text in texts for word in ("--text", str(text))]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == str(language_folder)
+    assert lines[4].startswith("dense ")
+    assert [line.split()[0] for line in lines[5:7]] == [r.run_id for r in runs]
+    assert f"{texts[1]}: 4 windows of 16 tokens" in out
+    assert main([*command, "--run", runs[1].run_id, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [v["name"] for v in found["variants"]] == ["dense", runs[1].run_id]
+    assert set(found["variants"][1]["figures"]) == set(found["protocol"]) == {str(text) for text in texts}
+
+
+def test_the_command_says_what_it_cannot_do(language_folder, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    command = ["eval", str(language_folder), "--text", str(text), "--length", "16", "--windows", "4"]
+    assert main(command) == 0
+    assert "only the dense one is measured" in capsys.readouterr().err
+    assert main([*command, "--run", "nothing"]) == 1
+    assert main([*command, "--device", "nowhere"]) == 2
+    assert "--device nowhere" in capsys.readouterr().err
+    assert main(["eval", str(language_folder), "--text", str(tmp_path / "none")]) == 1
+    assert "cannot read the text" in capsys.readouterr().err
