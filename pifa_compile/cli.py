@@ -189,6 +189,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.text is not None and options.model is None:
         raise OptionError("--text measures a model; name it with --model")
     store = Store(options.store)
+    _quiet()
     model, tokenizer = (None, None) if options.model is None else load_model(options.model)
     try:
         found = verify(store, options.run, model=model, tokenizer=tokenizer, text=options.text)
@@ -303,7 +304,8 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "verify", _verify, "check every object of a store, and that its runs fit a model")
     check.add_argument("run", nargs="?", help="id of a run, or its beginning (default: all runs)")
     check.add_argument("--model", help="directory or Hugging Face id: check that the runs were made of its weights")
-    check.add_argument("--text", type=Path, help="measure the model on this text, dense and with each run")
+    text = "measure the model on this text, dense and with each run, and compute the errors of every layer again"
+    check.add_argument("--text", type=Path, help=text)
     _store(check)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")

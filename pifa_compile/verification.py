@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from pifa_compile.layer_errors import RULE, RunCheck, check_layers
 from pifa_compile.quality import Reading, evaluate, misfit
 from pifa_compile.store import Store
 from pifa_compile.texts import read_text
@@ -19,19 +20,23 @@ WINDOWS = 64
 
 @dataclass
 class Verification:
-    """What was found: one line per problem, and the quality figures of each run that could be applied."""
+    """What was found: one line per problem; with a text the quality of each run and the errors of its layers."""
 
     store: Path
     runs: list[str]
     problems: list[str] = field(default_factory=list)
     quality: dict[str, dict[str, float]] = field(default_factory=dict)
+    layers: list[RunCheck] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON."""
-        return {"store": str(self.store), "runs": self.runs, "problems": self.problems, "quality": self.quality}
+        facts = {"store": str(self.store), "runs": self.runs, "problems": self.problems, "quality": self.quality}
+        return facts | {"layers": [check.to_json() for check in self.layers]}
 
     def __str__(self) -> str:
-        lines = [f"problem: {p}" for p in self.problems]
+        lines = [f"{check}\n" for check in self.layers]
+        lines += [RULE] if self.layers else []
+        lines += [f"problem: {p}" for p in self.problems]
         for name, figures in self.quality.items():
             words = (f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())
             lines.append(f"{name}: {', '.join(words)}")
@@ -50,8 +55,8 @@ def verify(
     """Read and check every object of one run, or of all.
 
     model  also check that the runs were made of its weights
-    text   also measure the model dense and with each run: perplexity of a causal language model on the text, similarity
-           of an encoder's embeddings of the text's lines to the dense model's
+    text   also measure the model dense and with each run, as ``evaluate`` does, and compute the errors of every layer
+           again on this text; figures that RULE calls wrong are problems
     """
     with warnings.catch_warnings(record=True) as unreadable:
         warnings.simplefilter("always")
@@ -65,4 +70,6 @@ def verify(
             texts, reading = {str(text): read_text(text)}, Reading(windows=WINDOWS)
             measured = evaluate(model, tokenizer, [(store, r) for r in runs], texts, reading=reading)
             found.quality = {variant.name: variant.figures[str(text)] for variant in measured.variants}
+            found.layers = [check_layers(store, r, model, tokenizer, text) for r in runs]
+            found.problems += [problem for check in found.layers for problem in check.problems]
     return found

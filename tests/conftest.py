@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may use the network
 
@@ -43,20 +44,41 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-@pytest.fixture(scope="session")
-def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random two-block Llama (width 32) with a tokenizer of bytes, whose token 0 begins a sequence."""
+def byte_tokenizer() -> Any:
+    """A tokenizer of bytes, whose token 0 begins a sequence, and is what sentences are padded with."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("language")
-    torch.manual_seed(1)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256, max_position_embeddings=256)).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0]).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], pad_token=alphabet[0])
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random two-block Llama (width 32) with a tokenizer of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("language")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=256, max_position_embeddings=256)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random two-block BERT (width 32) with a tokenizer of bytes."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(1)
+    BertModel(BertConfig(**SMALL, vocab_size=256, max_position_embeddings=128)).eval().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
