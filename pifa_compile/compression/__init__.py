@@ -38,8 +38,9 @@ def compress(
 
     model     any module; its linear layers are found by type, its output embedding is left dense
     recipe    method, density and settings, e.g. ``Svd(density=0.6)`` or ``Mpifa(density=0.6)``
-    text      what a calibrated method looks at: a file (as a Path), a text, a list of texts, token windows (count x
-              length), or batches of keyword arguments; None: a causal model samples its own text
+    text      what a calibrated method looks at: a file (as a Path), a dataset (``datasets:NAME``), a text, a list of
+              texts, token windows (count x length), batches, a DataLoader or a Dataset; None: a causal model samples
+              its own text. See ``calibrate_on``
     tokenizer needed to read text
     store     a Store or its directory; default: PIFA_CACHE_DIR, else the Hugging Face assets cache
     name      a label for reports; default: the name the model was loaded by, else its class

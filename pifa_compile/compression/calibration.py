@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from pifa_compile.compression.blocks import Batch
+from pifa_compile.compression.sources import read_source
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError
 from pifa_compile.evaluation import windows_of
 from pifa_compile.loading import is_causal
-from pifa_compile.texts import read_text
+from pifa_compile.texts import names_dataset, read_text
 
-#: A path, a text, texts, windows of token ids (count x length), or ready batches of keyword arguments.
-Text = str | os.PathLike[str] | Sequence[str] | Tensor | Iterable[Mapping[str, Any]]
+#: A path, a text, the name of a dataset, texts, windows of token ids (count x length), inputs, or what ``read_source``
+#: takes: batches, a DataLoader, rows of a dataset.
+Text = str | os.PathLike[str] | Sequence[str] | Tensor | Iterable[Any]
 
 #: Windows or sentences in one call of the model, and tokens if they are longer than that allows: what a block keeps for
 #: its backward pass grows with them. Part of what a digest is, since another size rounds differently.
@@ -64,9 +66,12 @@ def calibrate_on(
 ) -> Calibration:
     """The calibration of a model on a text, or on what it samples itself where ``text`` is None (causal models).
 
-    text       a file (as a Path), a text, a list of texts, token windows (count x length), or ready batches
+    text       a file (as a Path) or dataset (``datasets:NAME``, see ``texts.read_dataset``), a text, texts, token
+               windows (count x length), floating point inputs (count x ...), or an iterable of texts, batches or rows
+               of a dataset, e.g. a torch DataLoader: see ``sources.read_source``
     tokenizer  needed for text
-    windows    how many windows to use at most, spread evenly over the text; of sentences as many as have their tokens
+    windows    how many windows to use at most, spread evenly over the text; of sentences and of batches as many as have
+               their tokens
     length     tokens in a window; the most tokens of a sentence
 
     A causal model reads windows of running text, any other model reads texts one by one (a single text line by line).
@@ -74,17 +79,18 @@ def calibrate_on(
     """
     if text is None:
         return SelfText(model, windows, length, seed).to(next(model.parameters()).device)
-    if isinstance(text, Tensor):
+    if isinstance(text, Tensor) and not text.is_floating_point():
         return _windows(_spread(text, windows), "tokens")
     if isinstance(text, str | os.PathLike):
-        text = read_text(Path(text)) if isinstance(text, os.PathLike) else text
+        text = read_text(Path(text)) if isinstance(text, os.PathLike) or names_dataset(text) else text
         pieces: list[Any] = [text] if is_causal(model) else [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        pieces = list(text)
+        given = text.split(BATCH) if isinstance(text, Tensor) else text
+        pieces = read_source(given, model, windows * length, length)
     if not any(pieces):
         raise InputError("the calibration text is empty; give some thousand words")
     if not isinstance(pieces[0], str):
-        return _calibration(*_apart([dict(batch) for batch in pieces]), "batches")
+        return _calibration(*_apart(pieces), "batches")
     if tokenizer is None:
         raise InputError("a calibration text needs a tokenizer; give compress(..., tokenizer=...), or token windows")
     if is_causal(model):
