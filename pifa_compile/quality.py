@@ -114,8 +114,7 @@ def evaluate(
         if problem := misfit(run, model):
             raise InputError(f"{problem}; name another run, or compress this model first")
     how = reading or Reading()
-    kind = _Language if is_causal(model) else _Sentences
-    tasks = {label: kind(model, tokenizer, text, how) for label, text in texts.items()}
+    tasks = {label: read_with(model, tokenizer, text, how) for label, text in texts.items()}
     variants = [Variant("dense", 1.0, 1.0, {label: task.dense for label, task in tasks.items()})]
     for store, run in runs:
         variant = with_run(model, store, run)
@@ -168,13 +167,20 @@ def _model_density(run: Run, model: nn.Module) -> float:
     return 1 - sum(r.dense_numbers - r.numbers for r in run.layers if r.object is not None) / total
 
 
-class _Task(Protocol):
-    """One text, read by the dense model already; ``protocol`` says how."""
+class ReadText(Protocol):
+    """One text as the dense model read it: ``protocol`` says how, ``dense`` are its figures."""
 
     protocol: str
     dense: dict[str, float]
 
-    def measure(self, model: nn.Module) -> dict[str, float]: ...
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The figures of another model, some of them against the dense one."""
+        ...
+
+
+def read_with(model: nn.Module, tokenizer: Any, text: str, reading: Reading) -> ReadText:
+    """Read a text with the dense model, so that others can be measured against it; raises InputError."""
+    return (_Language if is_causal(model) else _Sentences)(model, tokenizer, text, reading)
 
 
 class _Language:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,21 @@ MOST_CHARACTERS = 4_000_000
 _SETTINGS = ("config", "split", "column", "revision", "data_files")
 
 
-def standard_library_docstrings(shortest: int = 60, longest: int = 600) -> list[str]:
+def standard_library_docstrings(
+    shortest: int = 60, longest: int = 600, chosen: Callable[[str], bool] | None = None
+) -> list[str]:
     """First paragraphs of the docstrings of the standard library's own modules, each once, in order of the file names.
 
     shortest, longest  in characters; a paragraph outside is left out. Tests of the library are not read.
+    chosen             whether to read a file, by its path inside of the library; default: all
     """
     folder = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
     for file in sorted(folder.rglob("*.py")):
-        if not {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(file.relative_to(folder).parts):
+        inside = file.relative_to(folder)
+        if {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(inside.parts):
+            continue
+        if chosen is None or chosen(inside.as_posix()):
             found |= dict.fromkeys(p for p in _paragraphs(file) if shortest <= len(p) <= longest)
     return list(found)
 

@@ -46,6 +46,11 @@ def test_docstrings_have_the_length_that_is_asked_for(library):
     assert standard_library_docstrings(10000, 20000) == []
 
 
+def test_docstrings_of_chosen_files_alone(library):
+    assert standard_library_docstrings(chosen="c/d.py".__ne__) == [f"{LONG} It goes on.", f"{LONG} B.", f"{LONG} A."]
+    assert standard_library_docstrings(chosen="c/d.py".__eq__) == [f"{LONG} D."]
+
+
 def test_a_text_file_is_read_as_utf_8(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve\n".encode())
     assert read_text(tmp_path / "a.txt") == read_text(str(tmp_path / "a.txt")) == "naïve\n"
