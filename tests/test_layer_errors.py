@@ -15,6 +15,7 @@ from pifa_compile.compression.calibration import calibrate_on
 from pifa_compile.compression.inputs import input_moments
 from pifa_compile.layer_errors import check_layers, find_problem
 from pifa_compile.loading import load_model
+from pifa_compile.recipes import Calibrated, Joint
 from pifa_compile.verification import verify
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i * i % 17}\n" for i in range(99))
@@ -37,7 +38,7 @@ def texts(tmp_path):
 
 
 def compressed(language, recipe, store, text):
-    settings = {"text": text, "tokenizer": language[1]} if recipe.method != "svd" else {}
+    settings = {"text": text, "tokenizer": language[1]} if isinstance(recipe, Calibrated) else {}
     return pifa_compile.compress(language[0], recipe, store=store, progress=False, **settings).run
 
 
@@ -67,7 +68,9 @@ def test_input_moments_are_those_of_every_layer_in_the_whole_model(language, tex
         assert seen[name].count == len(x)
 
 
-@pytest.mark.parametrize("recipe", [Svd(density=0.5, rank_multiple=1), Mpifa(**SETTINGS)], ids=lambda r: r.method)
+@pytest.mark.parametrize(
+    "recipe", [Svd(density=0.5, rank_multiple=1), Joint(density=0.5), Mpifa(**SETTINGS)], ids=lambda r: r.method
+)
 def test_errors_on_another_text_are_those_of_brute_force(language, store, texts, recipe):
     model, tokenizer = language
     run = compressed(language, recipe, store, texts[0])
@@ -79,10 +82,12 @@ def test_errors_on_another_text_are_those_of_brute_force(language, store, texts,
     size = {"windows": 20, "length": 32} if recipe.method == "mpifa" else {"windows": 64, "length": 256}
     calibration = calibrate_on(model, texts[1], tokenizer, **size)
     batches = [*calibration.batches, *calibration.held_out]
-    for check in found.layers[::5]:
-        record = run.by_name[check.layer]
-        weight = model.get_submodule(check.layer).weight.detach().double()
-        x = inputs(model, check.layer, batches)
+    records = {r.name: r for r in run.layers}
+    for check in found.layers[::3]:
+        record = records[check.layer]
+        names = [name for name, _ in record.layers]
+        weight = torch.cat([model.get_submodule(name).weight.detach().double() for name in names])
+        x = inputs(model, names[0], batches)
         wanted = x @ weight.T
         error = (x @ store.factors(record).weight().double().T - wanted).norm() / wanted.norm()
         s = torch.linalg.svdvals(wanted)
@@ -137,7 +142,8 @@ def test_a_record_of_a_data_free_run_is_checked_on_any_text(language, store, tex
 
 
 def test_factors_of_another_layer_are_found(language, store, texts):
-    run = compressed(language, Mpifa(**SETTINGS | {"density": 0.8, "allocation": "uniform"}), store, texts[0])
+    recipe = Mpifa(**SETTINGS | {"density": 0.8, "allocation": "uniform", "joint": ()})
+    run = compressed(language, recipe, store, texts[0])
     first, second = (run.by_name[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
     assert (first.shape, first.rank) == (second.shape, second.rank)
     swapped = {first.name: second, second.name: first}
