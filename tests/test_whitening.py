@@ -57,6 +57,21 @@ def test_dead_inputs_keep_a_small_weight(relative):
     assert 0 < float(found.gram[2, 2]) < 1e-4
 
 
+@pytest.mark.parametrize("tokens", [12, 500])
+def test_an_input_that_is_all_but_dead_does_no_harm(relative, tokens):
+    """A weight that is whitened, cut to the rank of the tokens and taken back has the outputs and the size it had."""
+    x = torch.randn(tokens, 20)
+    x[:, 3] *= 1e-30
+    found = whiten(gram_of(x), tokens)
+    check(found, relative)
+    assert found.rank == min(tokens, 19)
+    weight = torch.randn(8, 20, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(found.apply(weight), full_matrices=False)
+    made = found.remove((u[:, :7] * s[:7]) @ vh[:7])
+    assert made.norm() < 2 * weight.norm()
+    assert relative(x.double() @ made.T, x.double() @ weight.T) < 0.6
+
+
 def test_inputs_that_are_all_dead_count_alike(relative):
     found = whiten(torch.zeros(6, 6, dtype=torch.float64), 100)
     assert found.rank == 0

@@ -17,7 +17,8 @@ RIDGE = 1e-8
 SINGULAR = 1e-9
 #: Eigenvalues of the correlations below this fraction of the largest count as zero, and are raised to it.
 FLOOR = 1e-9
-#: Power given to inputs that are never excited, as a fraction of the mean power of the others.
+#: Power given to inputs that have less than that, as a fraction of the median power of those that have any. An input of
+#: power 1e-60, which a layer norm may leave, must not become a weight of 1e30.
 DEAD = 1e-8
 
 
@@ -72,10 +73,11 @@ def whiten(gram: Tensor, count: int | None = None, *, overwrite: bool = False) -
     """
     n = gram.shape[0]
     power = gram.diagonal().clamp_min(0)
-    live = power > 0
-    if not bool(live.any()):
+    if not bool(power.any()):
         return Whitening(torch.eye(n, dtype=gram.dtype, device=gram.device), 0)
-    scale = power.where(live, DEAD * power[live].mean()).sqrt()
+    floor = DEAD * power[power > 0].median()
+    live = power > floor
+    scale = power.where(live, floor).sqrt()
     correlations = (gram if overwrite else gram.clone()).div_(scale).div_(scale[:, None])
     dead = int((~live).sum())
     factor = _triangle(correlations) if count is None or count >= n else None
