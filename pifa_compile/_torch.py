@@ -123,6 +123,18 @@ def linear_function() -> Callable[..., Tensor]:
     return torch._C._nn.linear
 
 
+def grad_mode_functions() -> tuple[Callable[..., Any], ...]:
+    """The functions by which a Dynamo graph turns gradients and inference mode on and off."""
+    from torch.autograd import grad_mode
+
+    return (torch._C._set_grad_enabled, grad_mode._enter_inference_mode, grad_mode._exit_inference_mode)
+
+
+def size_hint(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """The number that a symbolic size stands for in the present call; asking for it adds no guard."""
+    return size.node.hint
+
+
 def grouped_products() -> tuple[Callable[..., Any], ...]:
     """The functions that multiply groups of tokens with stacks of weights (experts), as Dynamo graphs show them."""
     candidates = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))

@@ -17,6 +17,8 @@ from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.compression import compress_weights
+from pifa_compile.compression.first_call import compress_first_call
+from pifa_compile.compression.observe import CapturedGraph
 from pifa_compile.compression.pairs import PairWeight, compress_pairs
 from pifa_compile.factors import Factors
 from pifa_compile.fingerprint import cache_tag
@@ -29,7 +31,7 @@ from pifa_compile.passes.lookup import NO_RUN
 from pifa_compile.passes.pairs import Pair, folded_bias
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite, Plan
-from pifa_compile.recipes import recipe_for
+from pifa_compile.recipes import FirstCall, Svd, recipe_for
 from pifa_compile.selection import choose_run
 from pifa_compile.staleness import DenseGraph, Watch, guard, guarded
 from pifa_compile.store import LayerRecord, Run, Store
@@ -51,7 +53,12 @@ def pifa(
     settings = resolve(mode, options)
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, example_inputs, strict=True))
-    context = make_context(settings, values, find_run_or_compress, factor_pairs)
+    graph = CapturedGraph(gm, values)
+
+    def find(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
+        return find_run(store, settings, sites) or compress_now(store, settings, context.plan, graph)
+
+    context = make_context(settings, values, find, factor_pairs)
     dense = DenseGraph(gm)
     run_passes(gm, context)
     _tell(context)
@@ -108,16 +115,21 @@ def find_run(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> R
     return choose_run(store, [s.digest for s in sites if s.digest is not None], settings)
 
 
-def find_run_or_compress(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
-    """As ``find_run``; with a density that no run has, the weights are compressed now, without data."""
-    run = find_run(store, settings, sites)
-    if run is not None or settings.density is None:
-        return run
+def compress_now(store: Store, settings: Settings, plan: Plan, graph: CapturedGraph) -> Run | None:
+    """The run of the density that is asked for, made now: from the inputs of this call, or without data if the options
+    say so. None without a density."""
+    if settings.density is None:
+        return None
+    sites = plan.weights().values()
     log.warning("no compression run at density %g fits: compressing %d layers now", settings.density, len(sites))
+    label = _common_prefix([s.name for s in sites])
+    method = settings.method or (Svd.method if settings.calibrate == "none" else FirstCall.method)
+    recipe = recipe_for(method, density=settings.density)
+    if isinstance(recipe, FirstCall):
+        return compress_first_call(graph, [s for s in plan.sites if s.open], recipe, store, model=label)
     weights = [LinearWeight(s.name, s.parameter, s.layout) for s in sites if s.parameter is not None]
-    recipe = recipe_for(settings.method or "svd", density=settings.density)
     with torch.no_grad():
-        return compress_weights(weights, recipe, store, model=_common_prefix([s.name for s in sites]))
+        return compress_weights(weights, recipe, store, model=label)
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -28,7 +28,7 @@ class DryRun:
     """One row per linear layer of every graph that Dynamo captured.
 
     run      the compression run that would be used, None if there is none
-    planned  whether the ranks are a plan: the first call would compress the weights, and true ranks may be lower
+    planned  whether the ranks are a plan: the first call would compress the weights, and choose ranks by its inputs
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class DryRun:
     def __str__(self) -> str:
         lines = [render_rows(self.rows), "", render_summary(self.rows)]
         if self.planned:
-            lines.append("no run has this density: the first call would compress; true ranks may be lower than planned")
+            lines.append("no run has this density: the first call would compress; its ranks may differ from this plan")
         elif self.run is not None:
             lines.append(f"factors from run {self.run}")
         forms: tuple[Form, ...] = ("dense", "pair", "pifa")

@@ -21,6 +21,9 @@ class Settings:
     run         id of the compression run to use, or an unambiguous beginning of it (PIFA_RUN)
     density     fraction of parameters to keep; compresses at the first call if no run has it (PIFA_DENSITY)
     method      method of that run (PIFA_METHOD)
+    calibrate   "first-call": what a density without a run is made from, at the first call, are the inputs of that call;
+                no run of another method fits. "none": without data; no such run fits. None: any run of the density
+                fits, and what is made is calibrated (PIFA_CALIBRATE)
     store       directory of the compression cache (PIFA_CACHE_DIR; default: the Hugging Face assets cache)
     skip        glob patterns of layer names that stay dense in this compilation (PIFA_SKIP, comma between)
     allow_grad  replace trainable weights although gradients are on: their gradients are then lost (PIFA_ALLOW_GRAD)
@@ -35,6 +38,7 @@ class Settings:
     run: str | None = None
     density: float | None = None
     method: str | None = None
+    calibrate: str | None = None
     store: Path | None = None
     skip: tuple[str, ...] = ()
     allow_grad: bool = False
@@ -61,16 +65,24 @@ def resolve(mode: str | None = None, options: Mapping[str, Any] | None = None) -
         raise OptionError("options 'run' and 'density' or 'method' both choose the compression run; give one of them")
     if values.get("method") and not values.get("density"):
         raise OptionError(f"option method={values['method']!r} needs a density beside it")
+    if calibrate := values.get("calibrate"):
+        if values.get("run") or values.get("method"):
+            other = "run" if values.get("run") else "method"
+            raise OptionError(f"options 'calibrate' and {other!r} both choose the compression run; give one of them")
+        if not values.get("density"):
+            raise OptionError(f"option calibrate={calibrate!r} needs a density beside it")
     return Settings(**values, inductor=inductor)
 
 
 def _from_environment(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that are set and that no option overrules: a run among the options overrules a density, too."""
+    """The variables that are set and that no option overrules, itself or by choosing the run in another way."""
     overruled = set(options)
     if "run" in options:
-        overruled |= {"density", "method"}
-    if "density" in options or "method" in options:
+        overruled |= {"density", "method", "calibrate"}
+    if {"density", "method", "calibrate"} & set(options):
         overruled.add("run")
+    if "method" in options or "calibrate" in options:
+        overruled |= {"method", "calibrate"}
     values = {}
     for key, variable in _VARIABLES.items():
         if os.environ.get(variable) and key not in overruled:
@@ -145,6 +157,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "run": _text,
     "density": _density,
     "method": _method,
+    "calibrate": _one_of("first-call", "none"),
     "store": _path,
     "skip": _patterns,
     "allow_grad": _flag,

@@ -190,8 +190,16 @@ class Mpifa(Calibrated):
             raise RecipeError("the alternating solver knows no weighting of outputs; add weighting='none'")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstCall(Recipe):
+    """Calibrated, when a model is compiled, on the inputs of its first call; outputs weighted, ranks priced by how far
+    the outputs of the compiled graph would change."""
+
+    method: ClassVar[str] = "first-call"
+
+
 #: Recipes by the name of their method.
-RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd, Joint, SvdLlm, Mpifa)}
+RECIPES: dict[str, type[Recipe]] = {recipe.method: recipe for recipe in (Svd, Joint, SvdLlm, Mpifa, FirstCall)}
 
 
 def recipe_for(method: str, **settings: Any) -> Recipe:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pifa_compile.errors import AmbiguousRunError
 from pifa_compile.options import Settings
+from pifa_compile.recipes import FirstCall
 from pifa_compile.store import Run, Store
 
 
@@ -13,14 +14,21 @@ def choose_run(store: Store, digests: Sequence[str], settings: Settings) -> Run 
     """The run for weights with these content digests, or None if none fits.
 
     A run that is named is taken. With a density (and method), a run fits if it has exactly that density and knows
-    every weight, as factors or as left dense. Without one, the run that knows most of the weights fits. Raises
-    AmbiguousRunError when several fit equally well.
+    every weight, as factors or as left dense; "calibrate" takes only those that were calibrated on a first call, or
+    only others. Without a density, the run that knows most of the weights fits.
+
+    Where several fit, and all were calibrated on first calls, the one made of the fewest layers is taken: it was made
+    for these weights, the others for graphs that have more. In all other cases AmbiguousRunError is raised: no method
+    goes before another.
     """
     if settings.run is not None:
         return store.run(settings.run)
     counted = [(run, sum(d in run.by_digest for d in digests)) for run in store.runs() if run.complete]
     most = len(digests) if settings.density is not None else max((count for _, count in counted), default=0)
     fitting = [run for run, count in counted if count and count == most and _asked_for(run, settings)]
+    if len(fitting) > 1 and all(_first_call(run) for run in fitting):
+        least = min(run.header.layers_planned for run in fitting)
+        fitting = [run for run in fitting if run.header.layers_planned == least]
     if len(fitting) > 1:
         raise AmbiguousRunError([describe(run) for run in fitting])
     return fitting[0] if fitting else None
@@ -29,8 +37,14 @@ def choose_run(store: Store, digests: Sequence[str], settings: Settings) -> Run 
 def _asked_for(run: Run, settings: Settings) -> bool:
     if settings.density is None:
         return True
+    if settings.calibrate is not None and _first_call(run) != (settings.calibrate == FirstCall.method):
+        return False
     recipe = run.header.recipe
     return recipe.get("density") == settings.density and settings.method in (None, recipe.get("method"))
+
+
+def _first_call(run: Run) -> bool:
+    return run.header.recipe.get("method") == FirstCall.method
 
 
 def describe(run: Run) -> str:

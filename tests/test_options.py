@@ -50,6 +50,28 @@ def test_the_method_goes_with_a_density(monkeypatch):
     assert resolve(None, {"method": "svd"}) == resolve(None, {"method": "svd", "density": 0.5})
 
 
+def test_calibration_goes_with_a_density_and_with_no_other_choice_of_a_run(monkeypatch):
+    assert resolve(None, {"density": 0.5}).calibrate is None
+    for word in ("first-call", "none"):
+        assert resolve(None, {"density": 0.5, "calibrate": word}).calibrate == word
+    with pytest.raises(OptionError, match="option calibrate='none' needs a density beside it"):
+        resolve(None, {"calibrate": "none"})
+    with pytest.raises(OptionError, match="options 'calibrate' and 'method' both choose the compression run"):
+        resolve(None, {"density": 0.5, "calibrate": "first-call", "method": "svd"})
+    with pytest.raises(OptionError, match="options 'calibrate' and 'run' both choose the compression run"):
+        resolve(None, {"calibrate": "first-call", "run": "a"})
+    with pytest.raises(OptionError, match="option calibrate='always': give 'first-call' or 'none'"):
+        resolve(None, {"density": 0.5, "calibrate": "always"})
+    monkeypatch.setenv("PIFA_DENSITY", "0.5")
+    monkeypatch.setenv("PIFA_CALIBRATE", "none")
+    assert resolve().calibrate == "none"
+    assert resolve(None, {"method": "svd"}).calibrate is resolve(None, {"run": "a"}).calibrate is None
+    monkeypatch.setenv("PIFA_METHOD", "svd")
+    assert resolve(None, {"calibrate": "first-call"}).method is None
+    with pytest.raises(OptionError, match="both choose the compression run"):
+        resolve()
+
+
 def test_a_home_folder_is_understood(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert resolve(None, {"store": "~/x"}).store == Path("/home/someone/x")

@@ -6,7 +6,7 @@ import torch
 from pifa_compile.digest import cast_digests, digest
 from pifa_compile.errors import AmbiguousRunError, UnknownRunError
 from pifa_compile.options import Settings
-from pifa_compile.recipes import Svd
+from pifa_compile.recipes import FirstCall, Svd
 from pifa_compile.selection import choose_run, describe
 from pifa_compile.store import LayerRecord, RunHeader
 
@@ -18,11 +18,11 @@ DIGESTS = [digest(w) for w in WEIGHTS]
 def write(store):
     """``write(run_id, weights, density=0.5, finish=True)``: a run in which the weights of these numbers stay dense."""
 
-    def make(run_id, weights, density=0.5, finish=True, **settings):
+    def make(run_id, weights, density=0.5, finish=True, method=Svd, **settings):
         header = RunHeader(
             run_id=run_id,
             model="toy",
-            recipe=Svd(density=density, **settings).to_json(),
+            recipe=method(density=density, **settings).to_json(),
             layers_planned=len(weights),
             created=f"2025-01-0{len(list(store.runs())) + 1}T00:00:00Z",
         )
@@ -92,6 +92,29 @@ def test_several_runs_that_fit_are_an_error_that_lists_them(store, write):
     write("again", [0, 1], density=0.8, pivoting="qr")
     with pytest.raises(AmbiguousRunError, match="pivoting qr"):
         chosen(store, DIGESTS[:2], density=0.8)
+
+
+def test_calibration_takes_runs_of_first_calls_only_or_leaves_them_out(store, write):
+    write("called", [0, 1], method=FirstCall)
+    assert chosen(store, DIGESTS[:2], density=0.5) == chosen(store, DIGESTS[:2], density=0.5, method="first-call")
+    assert chosen(store, DIGESTS[:2], density=0.5, calibrate="first-call") == "called"
+    assert chosen(store, DIGESTS[:2], density=0.5, calibrate="none") is None
+    write("plain", [0, 1])
+    assert chosen(store, DIGESTS[:2], density=0.5, calibrate="first-call") == "called"
+    assert chosen(store, DIGESTS[:2], density=0.5, calibrate="none") == "plain"
+    with pytest.raises(AmbiguousRunError, match="method first-call"):
+        chosen(store, DIGESTS[:2], density=0.5)
+
+
+def test_of_first_calls_the_one_of_the_fewest_layers_is_taken(store, write):
+    write("whole", [0, 1, 2], method=FirstCall)
+    write("part", [0, 1], method=FirstCall)
+    assert chosen(store, DIGESTS[:2], density=0.5) == "part"
+    assert chosen(store, DIGESTS[:3], density=0.5) == "whole"
+    assert chosen(store, DIGESTS[2:3], density=0.5) == "whole"
+    write("again", [0, 1], method=FirstCall, seed=1)
+    with pytest.raises(AmbiguousRunError, match="2 compression runs fit"):
+        chosen(store, DIGESTS[:2], density=0.5)
 
 
 def test_a_run_under_way_is_not_taken_unless_it_is_named(store, write):

@@ -138,8 +138,12 @@ def token_rows(x: Tensor, module: nn.Module, mask: Tensor | None = None) -> Tens
 
     mask  batch x tokens, nonzero for tokens that count; it applies where x has these leading dimensions
     """
-    if layout_of(module) == "conv1x1":
-        x = x.movedim(-1 - _spatial(module), -1)
+    return rows_of(x, -1 - _spatial(module) if layout_of(module) == "conv1x1" else -1, mask)
+
+
+def rows_of(x: Tensor, channel: int = -1, mask: Tensor | None = None) -> Tensor:
+    """``token_rows`` of a tensor whose features are in the dimension ``channel``, counted from the end."""
+    x = x.movedim(channel, -1)
     rows = x.reshape(-1, x.shape[-1])
     fits = mask is not None and (x.shape[:-1] == mask.shape or (x.dim() == 2 and rows.shape[0] == mask.numel()))
     return rows[mask.flatten().bool()] if fits and mask is not None else rows

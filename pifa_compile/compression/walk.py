@@ -27,7 +27,7 @@ from pifa_compile.compression.svd import Spectrum, spectrum
 from pifa_compile.errors import RecipeError
 from pifa_compile.factors import numbers
 from pifa_compile.layers import LinearWeight
-from pifa_compile.recipes import Calibrated, Joint, Recipe
+from pifa_compile.recipes import Calibrated, FirstCall, Joint, Recipe
 from pifa_compile.store import LayerRecord, Run, Store
 
 
@@ -49,6 +49,9 @@ def compress_weights(
     if isinstance(recipe, Calibrated):
         cure = "compress the model first, with pifa_compile.compress or `pifa compress`"
         raise RecipeError(f"method {recipe.method!r} needs the model and a text; {cure}")
+    if isinstance(recipe, FirstCall):
+        cure = "compile with backend='pifa' and options={'density': ..., 'calibrate': 'first-call'}"
+        raise RecipeError(f"method {recipe.method!r} needs the call of a compiled model; {cure}")
     layers = distinct_layers(weights, recipe)
     units = _units(layers, recipe)
     header = run_header(recipe, layers, model, revision)
