@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from pifa_compile.factors import PairFactors, PifaFactors
     from pifa_compile.modules import PifaLinear
     from pifa_compile.prepare import apply_, load, restore_
-    from pifa_compile.recipes import Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
+    from pifa_compile.recipes import Joint, Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
     from pifa_compile.store import Store
 
 _HOME = {
     "CompressionReport": "compression",
     "DryRun": "dryrun",
+    "Joint": "recipes",
     "PairFactors": "factors",
     "PifaError": "errors",
     "PifaFactors": "factors",
@@ -44,6 +45,7 @@ _HOME = {
 __all__ = [
     "CompressionReport",
     "DryRun",
+    "Joint",
     "Mpifa",
     "PairFactors",
     "PifaError",
