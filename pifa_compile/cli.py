@@ -85,14 +85,25 @@ def _show(options: argparse.Namespace, data: Any, text: object) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+def _field(text: str) -> tuple[str, Any]:
+    """A field of a recipe and its value; what is no JSON is a string."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    try:
+        return key.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return key.replace("-", "_"), value
+
+
 def _compress(options: argparse.Namespace) -> int:
     from pifa_compile.compression import compress
     from pifa_compile.loading import load_model
     from pifa_compile.recipes import recipe_for
 
     keys = ("density", "rank_multiple", "pivoting", "form", "coefficients", "skip")
-    settings = {key: getattr(options, key) for key in keys}
-    recipe = recipe_for(options.method, **{key: value for key, value in settings.items() if value is not None})
+    settings = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    recipe = recipe_for(options.method, **dict(options.set or ()) | settings)
     _quiet()
     model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=options.text is not None)
     report = compress(model, recipe, text=options.text, tokenizer=tokenizer, store=options.store, name=options.model)
@@ -259,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = _command(commands, "compress", _compress, "factor a model's linear layers into the store")
     _model(compress)
     compress.add_argument("--density", type=float, required=True, help="fraction of the parameters to keep, e.g. 0.6")
-    methods = "svd (default, data-free), svd-llm, or mpifa (the best: calibrated, ranks where the loss is)"
+    methods = "svd (default, data-free), joint (data-free), svd-llm, or mpifa (the best: calibrated, ranks by the loss)"
     compress.add_argument("--method", default="svd", help=methods)
     text = "calibration text for svd-llm and mpifa; a causal language model samples its own if none is given"
     compress.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
@@ -269,6 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--coefficients", help="same (default), or float16 for more exact bfloat16 models")
     skip = "leave layers of this name dense; may be repeated"
     compress.add_argument("--skip", action="append", metavar="PATTERN", help=skip)
+    other = "any other field of the method's recipe, its value as JSON, e.g. windows=16; may be repeated"
+    compress.add_argument("--set", action="append", type=_field, metavar="FIELD=VALUE", help=other)
     _store(compress)
 
     dry = _command(commands, "dry-run", _dry_run, "say what would be done with every linear layer, and why")

@@ -101,6 +101,18 @@ def test_compress_takes_the_settings_of_a_recipe(pifa, llama, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_compress_sets_any_field_of_a_recipe(pifa, llama, tmp_path):
+    fields = ("--set", 'joint=["gate+up"]', "--set", "rank-multiple=4", "--set", "pivoting=lu")
+    assert pifa("compress", llama, "--method", "joint", "--density", 0.5, "--store", tmp_path, *fields)[0] == 0
+    (run,) = Store(tmp_path).runs()
+    recipe = run.header.recipe
+    assert (recipe["joint"], recipe["rank_multiple"], recipe["pivoting"]) == (["gate+up"], 4, "lu")
+    assert sum(bool(record.members) for record in run.layers) == 1
+    wrong = pifa("compress", llama, "--density", 0.5, "--store", tmp_path, "--set", "windows=4")
+    assert failed(wrong, cli.USAGE, "'svd'", "'windows'")
+    assert pifa("compress", llama, "--density", 0.5, "--set", "windows")[0] == cli.USAGE
+
+
 def test_a_second_compress_computes_nothing(pifa, llama, run_id):
     torch._dynamo.utils.counters.clear()
     assert pifa("compress", llama, "--density", 0.5)[0] == 0
