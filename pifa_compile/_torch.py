@@ -186,6 +186,95 @@ def inductor() -> InductorLowering:
     return InductorLowering()
 
 
+class InductorAutotuner:
+    """Inductor's Triton templates and its choice among them (read and run with 2.13 and 2.11)."""
+
+    def __init__(self) -> None:
+        from torch._inductor import config, ir, select_algorithm
+        from torch._inductor.virtualized import V
+
+        self._config, self._ir, self._select, self._virtual = config, ir, select_algorithm, V
+
+    def template(self, name: str, grid: Callable[..., Any], source: str) -> Any:
+        """A Triton template; ``grid(*output_sizes, constants, cdiv=)`` gives the launch grid, of ints or symbols.
+
+        Names are global and may be taken once per process: where this package is loaded again, the first one stays.
+        """
+        made = self._select.TritonTemplate.all_templates.get(name)
+        if made is None:
+            made = self._select.TritonTemplate(name, self._select.SymbolicGridFn(grid), source)
+        return made
+
+    def kernel(self, name: str, function: Callable[..., Tensor]) -> Any:
+        """A Python function of tensors that compiled code may call; its name is global too."""
+        found = self._select.ExternKernelChoice.lookup(name) if self._has_lookup() else None
+        if found is None and not hasattr(self._select.extern_kernels, name):
+            found = self._select.ExternKernelChoice(function, name=name, has_out_variant=False)
+            _KERNELS[name] = found
+        return found or _KERNELS[name]
+
+    def _has_lookup(self) -> bool:
+        return hasattr(self._select.ExternKernelChoice, "lookup")  # 2.13
+
+    def layout(self, like: Any, size: list[Any], dtype: torch.dtype) -> Any:
+        """A contiguous matrix on the device of the IR ``like``."""
+        return self._ir.FixedLayout(like.get_device(), dtype, size, [size[1], 1])
+
+    def realize(self, *inputs: Any) -> list[Any]:
+        """The inputs as buffers in memory."""
+        return [self._select.realize_inputs(x) for x in inputs]
+
+    def add(self, choices: list[Any], template: Any, inputs: list[Any], layout: Any, **settings: Any) -> str | None:
+        """Render a template and append it to the choices; returns what was wrong where it cannot be rendered."""
+        problem = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **settings)
+        return None if problem is None else str(problem)
+
+    def add_kernel(self, choices: list[Any], kernel: Any, inputs: list[Any], layout: Any, **arguments: Any) -> None:
+        """Append a call of a Python function to the choices."""
+        choices.append(kernel.bind(tuple(inputs), layout, **arguments))
+
+    def choose(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, make: dict[int, Any]) -> Any:
+        """IR of the best choice; one alone is not measured. ``make`` fills inputs by position for the measurement."""
+        found = self._select.autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make)
+        return found[0] if isinstance(found, tuple) else found  # 2.13 returns the choice as well
+
+    def measures(self) -> bool:
+        """Whether choices are to be measured (max_autotune)."""
+        return bool(self._config.max_autotune or self._config.max_autotune_gemm)
+
+    def calls_python(self) -> bool:
+        """Whether the generated program can call Python functions: not where it is C++ (AOTInductor)."""
+        return not self._virtual.graph.cpp_wrapper
+
+    def expected(self, size: Any) -> int:
+        """The value of a size, for a symbol the one that it was first seen with."""
+        return int(self._virtual.graph.sizevars.optimization_hint(size))
+
+    def numbers(self, ir: Any) -> Tensor:
+        """Uninitialised memory for a benchmark of IR: for functions that fill it."""
+        size = [self.expected(s) for s in ir.get_size()]
+        return torch.empty(size, dtype=ir.get_dtype(), device=ir.get_device())
+
+
+_KERNELS: dict[str, Any] = {}
+
+
+@functools.cache
+def autotuner() -> InductorAutotuner:
+    """The autotuning interface, imported on first use."""
+    return InductorAutotuner()
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matrix products may round their inputs to TF32 on CUDA."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def device_name(device: torch.device) -> str:
+    """What the driver calls a CUDA device."""
+    return torch.cuda.get_device_name(device)
+
+
 def tracing() -> bool:
     """Whether a structured trace is being written (TORCH_TRACE)."""
     from torch._logging._internal import trace_log
