@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pifa_compile._torch import autotuner, device_name, dtype_name, tf32_allowed
 from pifa_compile.kernels.tile_tables import Table, table_for
 
@@ -42,17 +44,33 @@ class Call:
         )
 
 
+#: The templates that a form needs a tile of.
+TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail",)}
+
+
 def form_for(call: Call) -> str:
     """The form for a call."""
     if call.device is None or call.r == call.m:
         return "gather"
     table = table_for(call.device)
-    if not table.candidates("tail", call.dtype, call.tokens):
-        return "gather"
-    return table.form(call.dtype, call.tokens, call.r / min(call.m, call.n)) or by_cost(call, table)
+    possible = [form for form in TEMPLATES if _has_tiles(table, form, call)]
+    named = table.form(call.dtype, call.tokens, call.r / min(call.m, call.n))
+    return named if named in possible else by_cost(call, table, possible)
 
 
-def by_cost(call: Call, table: Table) -> str:
+def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
+    """The forms that have tiles on a device for coefficients of a dtype."""
+    if device.type != "cuda":
+        return ["gather"]
+    table, call = table_for(device_name(device)), Call("", dtype_name(dtype), tokens, 1, 1, 1)
+    return [form for form in TEMPLATES if _has_tiles(table, form, call)]
+
+
+def _has_tiles(table: Table, form: str, call: Call) -> bool:
+    return all(table.candidates(template, call.dtype, call.tokens) for template in TEMPLATES[form])
+
+
+def by_cost(call: Call, table: Table, possible: list[str]) -> str:
     if call.dtype == "float32" and not tf32_allowed():
         return "gather"  # Triton multiplies exact float32 on no matrix unit; the library does as well, but far better
-    return "tail"
+    return "tail" if "tail" in possible else "gather"
