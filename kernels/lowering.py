@@ -2,6 +2,7 @@
 
     gather   two matrix multiplications of Inductor's and one gather that fuses into whatever reads the output
     tail     CUDA: y_p by Inductor's own matrix multiplication, then one kernel that writes the whole of Y
+    relay    CUDA, few tokens: both in one kernel, whose second phase waits for the first
 
 On CPU the graph passes decompose the operator before Inductor sees it; the operator comes here in a graph of somebody
 else (the stock backend on a prepared model, an exported program), where the gather form serves. m = out_features,
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from pifa_compile._torch import inductor
-from pifa_compile.kernels import tail
-from pifa_compile.kernels.forms import Call, form_for
+from pifa_compile.kernels import relay, tail
+from pifa_compile.kernels.kernel_forms import Call, form_for
 from pifa_compile.kernels.op import linear
 
 aten = torch.ops.aten
@@ -67,7 +68,7 @@ def lower_to_gather(rows: Any, pivot_rows: Any, coefficients: Any, row_order: An
     return _gather(y_p, y_np, _positions(row_order), dtype)
 
 
-FORMS = {"gather": lower_to_gather, "tail": lower_to_tail}
+FORMS = {"gather": lower_to_gather, "relay": relay.lower, "tail": lower_to_tail}
 
 
 def _times_transposed(a: Any, b: Any) -> Any:

@@ -49,7 +49,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class FormRow:
-    """Which form (see ``forms.py``) is the fastest for some calls; rank / min(m, n) lies within ``rank_share``."""
+    """Which form (of ``kernel_forms.py``) is the fastest for some calls; rank / min(m, n) is within ``rank_share``."""
 
     form: str
     span: Span

@@ -20,7 +20,14 @@ def _tail_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple
     return cdiv(tokens, meta["BLOCK_M"]) * columns, 1, 1
 
 
-GRIDS = {"tail": _tail_grid}
+def _relay_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """Parts of rows of y_p, then tiles of Y."""
+    rows = cdiv(meta["RANK"], meta["BLOCK_R"]) * meta["SPLIT"]
+    columns = cdiv(m - meta["RANK"], meta["BLOCK_N"]) + cdiv(meta["RANK"], meta["BLOCK_N"])
+    return rows + columns, 1, 1
+
+
+GRIDS = {"relay": _relay_grid, "tail": _tail_grid}
 
 
 def source(name: str) -> str:

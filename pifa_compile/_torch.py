@@ -45,7 +45,9 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
     """Inductor on a Dynamo graph, with ``settings`` in force while it compiles."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=settings)  # type: ignore[assignment]
+    # 2.11 fuses nothing into a template behind an activation of three dimensions unless it leaves loops in their order.
+    fusing = {"loop_ordering_after_fusion": False} if torch.__version__ < "2.12" else {}
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=fusing | settings)  # type: ignore[assignment]
     return compiled
 
 
@@ -249,6 +251,25 @@ class InductorAutotuner:
     def expected(self, size: Any) -> int:
         """The value of a size, for a symbol the one that it was first seen with."""
         return int(self._virtual.graph.sizevars.optimization_hint(size))
+
+    def workspace(self, device: torch.device, count: Any, dtype: torch.dtype) -> Any:
+        """Uninitialised memory of ``count`` numbers that a template finds at ``ws_ptr`` while it runs."""
+        from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
+
+        return WorkspaceArg(
+            count=count,
+            zero_mode=WorkspaceZeroMode.UNINITIALIZED,
+            device=device,
+            outer_name=WorkspaceArg.unique_name(),
+            dtype=dtype,
+        )
+
+    def once_per_graph(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for the graph that is being lowered."""
+        made: dict[str, Any] = self._virtual.graph.__dict__.setdefault("pifa_once", {})
+        if name not in made:
+            made[name] = make()
+        return made[name]
 
     def numbers(self, ir: Any) -> Tensor:
         """Uninitialised memory for a benchmark of IR: for functions that fill it."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from pretend_h200.codegen import fake, generate, kernels
+from pretend_h200.codegen import fake, generate, kernels, launches
 from pretend_h200.cubin import compile_kernel
 from pretend_h200.interpreter import Launch, interpret
 
@@ -24,18 +25,18 @@ IDS = [f"{name}-{t.template}-{'x'.join(map(str, t.constants.values()))}-{t.span.
 TOKENS = (1, 3, 17, 128, 1000)
 SHAPES = [(100, 70, 16), (257, 130, 33), (320, 192, 192), (129, 200, 128), (90, 90, 61)]  # m, n, r
 SPILLS = 0 if triton.__version__ >= "3.7" else 20  # 3.6 keeps a few numbers of the widest tiles, outside the loop
-TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 2e-6}
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
 
-def only(tile, form="tail"):
-    """A table that leaves no choice but ``tile``."""
+def only(tile):
+    """A table that leaves no choice but ``tile``, in the form that is named as its template."""
     always = tiles.Span(("float16", "bfloat16", "float32"), 1, None)
-    row = tiles.FormRow(form, always, (0.0, 1.0), "")
+    row = tiles.FormRow(tile.template, always, (0.0, 1.0), "")
     return tiles.use_table(replace(TABLES["safe"], tiles=(replace(tile, span=always),), forms=(row,)))
 
 
-def tail_kernel(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilogue=False):
-    """The generated kernel of the tail for one call, by itself or with bias, SiLU and a product behind it."""
+def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilogue=False):
+    """The generated kernel of a tile for one call, by itself or with bias, SiLU and a product behind it."""
 
     def given():
         lowering.register()
@@ -67,7 +68,7 @@ def tf32():
 @pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
 def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     dtype = getattr(torch, tile.span.dtypes[-1])
-    kernel = tail_kernel(tile, tile.span.last or 2048, 4096, 4096, 1200, dtype, epilogue=True)
+    kernel = kernel_of(tile, tile.span.last or 2048, 4096, 4096, 1200, dtype, epilogue=True)
     cubin = compile_kernel(kernel)
     assert cubin.spills <= SPILLS
     assert cubin.registers <= 65536 // (32 * tile.warps)
@@ -78,16 +79,16 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
         assert cubin.mma > 0
     assert cubin.async_copies > 0  # the pipeline is there, on 16-byte copies:
     assert not [line for line in cubin.sass.splitlines() if "LDGSTS" in line and ".128" not in line]
-    assert set(cubin.stores) == {"STG.E.U16" if dtype.itemsize == 2 else "STG.E"}
+    of_y = {"STG.E.U16"} if dtype.itemsize == 2 else {"STG.E"}  # scattered columns: one number per store
+    assert set(cubin.stores) == of_y if tile.template == "tail" else set(cubin.stores) > of_y  # and partial sums
 
 
 @dataclass
 class Case:
-    """A launch of a tail on random numbers, and what it must give."""
+    """A launch on random numbers, and what it must give: ``inputs`` are y_p, or x and the pivot rows."""
 
-    kernel: object
-    grid: tuple
-    y_p: torch.Tensor
+    tile: tiles.Tile
+    inputs: list
     coefficients: torch.Tensor
     row_order: torch.Tensor
     scale: float
@@ -95,13 +96,29 @@ class Case:
 
     @functools.cached_property
     def launch(self):
-        m, tokens = self.row_order.shape[0], self.y_p.shape[0]
-        poisoned = torch.full((tokens, m), torch.nan, dtype=self.dtype)
-        return Launch(self.kernel, [self.y_p, self.coefficients, self.row_order, poisoned], self.grid)
+        (tokens, n), r, m = self.inputs[0].shape, self.coefficients.shape[1], self.row_order.shape[0]
+        kernel = kernel_of(self.tile, tokens, m, n, r, self.dtype, self.coefficients.dtype, self.scale)
+        grid = GRIDS[self.tile.template](tokens, m, {**self.tile.constants, "RANK": r}, cdiv=lambda a, b: -(-a // b))
+        given = [*self.inputs, self.coefficients, self.row_order]
+        if self.tile.template == "relay":
+            partial = torch.full((self.tile.constants["SPLIT"] * tokens * r,), torch.nan)
+            return Launch(kernel, [*given, torch.zeros(3, dtype=torch.int32), self.poisoned(), partial], grid)
+        return Launch(kernel, [*given, self.poisoned()], grid)
+
+    def poisoned(self):
+        return torch.full((self.inputs[0].shape[0], self.row_order.shape[0]), torch.nan, dtype=self.dtype)
+
+    def found(self, arguments):
+        """The output among the arguments that the kernel left; what else it wrote is checked here."""
+        if self.tile.template != "relay":
+            return arguments[3]
+        assert not arguments[4].any()  # the counters, ready for the next launch
+        return arguments[5]
 
     def exact(self):
-        y_p = self.y_p.double() / self.scale
-        y = torch.empty(self.y_p.shape[0], self.row_order.shape[0], dtype=torch.float64)
+        y_p, *rows = (t.double() for t in self.inputs)
+        y_p = y_p @ rows[0].T if rows else y_p / self.scale
+        y = torch.empty(y_p.shape[0], self.row_order.shape[0], dtype=torch.float64)
         y[:, self.row_order.long()] = torch.cat([y_p, y_p @ self.coefficients.double().T], -1)
         return y
 
@@ -109,12 +126,13 @@ class Case:
 def make_case(tile, tokens, shape, dtype, coefficients=None, scale=1.0):
     m, n, r = shape
     inner = coefficients or dtype
-    kernel = tail_kernel(tile, tokens, m, n, r, dtype, coefficients, scale)
-    grid = GRIDS[tile.template](tokens, m, {**tile.constants, "RANK": r}, cdiv=lambda a, b: -(-a // b))
     generator = torch.Generator().manual_seed(tokens + m)
-    y_p = torch.randn(tokens, r, generator=generator).to(inner)
+    first = torch.randn(tokens, r, generator=generator).to(inner)
+    inputs = [first]
+    if tile.template == "relay":
+        inputs = [torch.randn(*size, generator=generator).to(dtype) for size in ((tokens, n), (r, n))]
     c = torch.randn(m - r, r, generator=generator).div(2).to(inner)
-    return Case(kernel, grid, y_p, c, torch.randperm(m, generator=generator).int(), scale, dtype)
+    return Case(tile, inputs, c, torch.randperm(m, generator=generator).int(), scale, dtype)
 
 
 def numeric_cases():
@@ -131,6 +149,22 @@ def numeric_cases():
 def test_every_tile_computes_the_whole_output_on_odd_shapes(relative):
     cases = list(numeric_cases())
     results = interpret([[case.launch] for case in cases])
-    for case, ((arguments,),) in zip(cases, ([r] for r in results), strict=True):
-        error = relative(arguments[3], case.exact())
-        assert error < TOLERANCE[case.dtype], (case.kernel.name, case.y_p.shape, case.row_order.shape, case.dtype)
+    for case, (arguments,) in zip(cases, results, strict=True):
+        error = relative(case.found(arguments), case.exact())
+        assert error < TOLERANCE[case.dtype], (case.tile, case.inputs[0].shape, case.row_order.shape, case.dtype)
+
+
+def test_one_set_of_counters_serves_all_relays_of_a_graph_and_is_cleared_once():
+    (tile, *_) = (t for _, t in TILES if t.template == "relay")
+
+    def given():
+        lowering.register()
+        half = {"dtype": torch.float16}
+        return [fake(4, 64, **half), fake(32, 64, **half), fake(32, 32, **half), fake(64, dtype=torch.int32)]
+
+    with only(tile):
+        program = generate(lambda x, p, c, o: linear(linear(x, p, c, o), p, c, o), given)
+    counters = re.findall(r"(buf\d+) = empty_strided_cuda\(\(3, \)", program)
+    assert len(counters) == 1
+    assert len(re.findall(rf"\.run\(.*{counters[0]}.*workspace", program)) == 2
+    assert len(launches(program)) == 3  # with the kernel that clears the counters

@@ -16,7 +16,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # tables are forced here
 
 import torch
 
-from bench.gpu import factoring, layers, models, report, roof
+from bench.gpu import factoring, layers, models, probe, report, roof
 from bench.gpu.cases import MODELS, TINY, cases, squares
 from bench.gpu.timing import Budget
 
@@ -74,6 +74,9 @@ def main() -> int:
     facts |= {"TB/s": top.bytes_per_second / 1e12, "TFLOP/s": {k: v / 1e12 for k, v in top.flop_per_second.items()}}
     print(facts)
     sections: dict[str, list[report.Row]] = {}
+    if given.device == "cuda" and (problem := probe.problem()) is not None:
+        layers.EXCLUDED.add(probe.FORM)
+        sections["probe"] = [{"way": f"pifa {probe.FORM}", "ok": False, "problem": problem}]
     left_out: list[str] = []
     for number, (section, seconds, make) in enumerate(steps(given.device, given.tiny, top)):
         if not budget.allows(seconds):

@@ -6,13 +6,14 @@ m = out_features, n = in_features, r = rank, N = number of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, tf32_allowed
-from pifa_compile.kernels.tile_tables import Table, table_for
+from pifa_compile.kernels.tile_tables import Rates, Table, table_for
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,45 @@ class Call:
 
 
 #: The templates that a form needs a tile of.
-TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail",)}
+TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail",), "relay": ("relay",)}
+
+#: Forms that the cost may choose. A kernel that waits for another's programs is chosen by a measured row alone. So is
+#: the pair [I; C] P: it multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
+PROVEN = ("tail", "gather")
+
+Cost = Callable[[str, Call, Rates], float]
 
 
-def form_for(call: Call) -> str:
-    """The form for a call."""
+def roofline(form: str, call: Call, rates: Rates) -> float:
+    """Seconds of a form if every launch moved its bytes, or did its operations, as fast as the device can at most."""
+    size = 4 if call.dtype == "float32" else 2
+    kind = "tfloat32" if call.dtype == "float32" and tf32_allowed() else call.dtype
+    tokens, m, n, r = call.tokens, call.m, call.n, call.r
+
+    def launch(numbers: int, flop: int = 0) -> float:
+        work = max(numbers * size / rates.bytes_per_second, flop / rates.flop_per_second[kind])
+        return rates.launch_seconds + work
+
+    head = launch(tokens * (n + r) + r * n, 2 * tokens * r * n)
+    if form == "tail":
+        return head + launch(tokens * (r + m) + (m - r) * r, 2 * tokens * (m - r) * r)
+    product = launch(tokens * m + (m - r) * r, 2 * tokens * (m - r) * r)
+    positions = 2 * launch(2 * m)
+    return head + product + positions + launch(2 * tokens * m)
+
+
+def form_for(call: Call, cost: Cost = roofline) -> str:
+    """The form for a call: what a row of the device's table names, else the cheapest of the proven ones."""
     if call.device is None or call.r == call.m:
         return "gather"
     table = table_for(call.device)
     possible = [form for form in TEMPLATES if _has_tiles(table, form, call)]
     named = table.form(call.dtype, call.tokens, call.r / min(call.m, call.n))
-    return named if named in possible else by_cost(call, table, possible)
+    if named in possible:
+        return named
+    if call.dtype == "float32" and not tf32_allowed():
+        return "gather"  # Triton multiplies exact float32 on no matrix unit; the library does as well, but far better
+    return min((form for form in PROVEN if form in possible), key=lambda form: cost(form, call, table.rates))
 
 
 def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
@@ -68,9 +97,3 @@ def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str
 
 def _has_tiles(table: Table, form: str, call: Call) -> bool:
     return all(table.candidates(template, call.dtype, call.tokens) for template in TEMPLATES[form])
-
-
-def by_cost(call: Call, table: Table, possible: list[str]) -> str:
-    if call.dtype == "float32" and not tf32_allowed():
-        return "gather"  # Triton multiplies exact float32 on no matrix unit; the library does as well, but far better
-    return "tail" if "tail" in possible else "gather"
