@@ -24,5 +24,5 @@ if "$PYTHON" -c 'import pytest' 2>/dev/null; then
 else
     echo "bench/gpu.sh: no pytest here; the GPU tests were not run."
 fi
-"$PYTHON" -m bench.gpu.run --seconds $((520 - ($(date +%s) - started))) "$@" || failed=$?
+"$PYTHON" -m bench.gpu.run --seconds $((490 - ($(date +%s) - started))) "$@" || failed=$?
 exit "$failed"

@@ -45,8 +45,8 @@ class Call:
         )
 
 
-#: The templates that a form needs a tile of.
-TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail",), "relay": ("relay",)}
+#: The templates of a form, of which it needs a tile.
+TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_tma"), "relay": ("relay",)}
 
 #: Forms that the cost may choose. A kernel that waits for another's programs is chosen by a measured row alone. So is
 #: the pair [I; C] P: it multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
@@ -96,4 +96,5 @@ def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str
 
 
 def _has_tiles(table: Table, form: str, call: Call) -> bool:
-    return all(table.candidates(template, call.dtype, call.tokens) for template in TEMPLATES[form])
+    templates = TEMPLATES[form]
+    return not templates or any(table.candidates(name, call.dtype, call.tokens) for name in templates)

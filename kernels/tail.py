@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pifa_compile._torch import autotuner, device_name, dtype_name, tf32_allowed
+from pifa_compile._torch import autotuner, device_name, dtype_name, processors, tf32_allowed
 from pifa_compile.kernels.tile_tables import Tile, table_for
 from pifa_compile.kernels.triton_templates import template
 
@@ -35,10 +35,12 @@ def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_s
     layout = auto.layout(y_p, [y_p.get_size()[0], row_order.get_size()[0]], dtype)
     tokens = auto.expected(y_p.get_size()[0])
     table = table_for(device_name(y_p.get_device()))
-    tiles = table.candidates("tail", dtype_name(coefficients.get_dtype()), tokens)
+    names = ("tail", "tail_tma") if _by_tma(inputs[:2]) else ("tail",)  # that no card has tried yet goes last
+    dtype_in = dtype_name(coefficients.get_dtype())
+    tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
     choices: list[Any] = []
     for tile in tiles:
-        problem = auto.add(choices, template("tail"), inputs, layout, **_settings(tile, y_p, out_scale))
+        problem = auto.add(choices, template(tile.template), inputs, layout, **_settings(tile, y_p, out_scale))
         if problem is not None:
             log.debug("tail tile %s: %s", tile, problem)
         elif not auto.measures():
@@ -49,10 +51,19 @@ def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_s
     return auto.choose("pifa_tail", choices, inputs, layout, {ROW_ORDER: _some_order})
 
 
+def _by_tma(matrices: list[Any]) -> bool:
+    """Whether rows are contiguous and begin at multiples of 16 bytes, and the device is of compute capability 9."""
+    major, _ = torch.cuda.get_device_capability(matrices[0].get_device())
+    rows = [(x.get_stride(), x.get_dtype().itemsize) for x in matrices]
+    return major >= 9 and all(inner == 1 and outer * size % 16 == 0 for (outer, inner), size in rows)
+
+
 def _settings(tile: Tile, y_p: Any, out_scale: float) -> dict[str, Any]:
     r = int(y_p.get_size()[1])
+    persistent = {"PROGRAMS": processors(y_p.get_device())} if tile.template == "tail_tma" else {}
     return {
         **tile.constants,
+        **persistent,
         "RANK": r,
         "EVEN_K": r % tile.constants["BLOCK_K"] == 0,
         "OUT_SCALE": out_scale,

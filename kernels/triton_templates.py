@@ -6,6 +6,7 @@ One file per template in ``templates/``, named as the template. Imported only wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,16 @@ def _relay_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any) -> tupl
     return rows + columns, 1, 1
 
 
-GRIDS = {"relay": _relay_grid, "tail": _tail_grid}
+def _tail_tma_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Any, int, int]:
+    """At most as many programs as the device has processors, each of which takes tile after tile."""
+    return min(_tail_grid(tokens, m, meta, cdiv=cdiv)[0], meta["PROGRAMS"]), 1, 1
+
+
+GRIDS: dict[str, Callable[..., tuple[Any, int, int]]] = {
+    "relay": _relay_grid,
+    "tail": _tail_grid,
+    "tail_tma": _tail_tma_grid,
+}
 
 
 def source(name: str) -> str:

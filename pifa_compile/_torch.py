@@ -296,6 +296,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors a CUDA device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def tracing() -> bool:
     """Whether a structured trace is being written (TORCH_TRACE)."""
     from torch._logging._internal import trace_log

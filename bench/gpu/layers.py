@@ -155,9 +155,9 @@ def tile_rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Ro
         return found
     table = tile_tables.table_for(torch.cuda.get_device_name())
     for form, templates in forms.TEMPLATES.items():
-        for template in () if form in EXCLUDED else templates:
+        for template in templates if form not in EXCLUDED else ():
             for tile in table.candidates(template, name, tokens):
-                alone = [t for t in table.tiles if t.template != template] + [tile]
+                alone = [t for t in table.tiles if t.template not in templates] + [tile]
                 (way,) = (w for w in ways(case, tokens, dtype, device) if w.name == f"pifa {form}")
                 with tile_tables.use_table(replace(table, tiles=tuple(alone))):
                     row = measure(way, case, tokens, dtype, device, roof)

@@ -44,18 +44,21 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder block with its cache; ``density`` None leaves its linear layers dense."""
+    """One decoder block with its cache, made on the default device, which ``device`` names too.
 
-    def __init__(self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype) -> None:
+    ``density`` None leaves its linear layers dense.
+    """
+
+    def __init__(
+        self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype, device: str
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head = shape.heads, shape.kv_heads, shape.width // shape.heads
         kv = shape.kv_heads * self.head
 
         def linear(m: int, n: int) -> nn.Module:
-            device = torch.get_default_device().type
             if density is None:
-                dense = nn.Linear(n, m, bias=False, dtype=dtype)
-                return dense.requires_grad_(False)
+                return nn.Linear(n, m, bias=False, dtype=dtype).requires_grad_(False)
             case = Case(shape.name, "", m, n, rank_for_density(m, n, density, 16))
             return PifaLinear(random_factors(case, dtype, device))
 
@@ -93,11 +96,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Model(nn.Module):
     """Blocks between an embedding and a head; ``run_block`` may be a compiled form of a block's forward."""
 
-    def __init__(self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype, device: str
+    ) -> None:
         super().__init__()
         self.shape, self.tokens = shape, tokens
         self.embedding = nn.Embedding(shape.vocabulary, shape.width, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(shape, tokens, batch, density, dtype) for _ in range(shape.blocks))
+        self.blocks = nn.ModuleList(Block(shape, tokens, batch, density, dtype, device) for _ in range(shape.blocks))
         self.norm = Norm(shape.width).to(dtype)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False, dtype=dtype)
         angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(0, shape.width // shape.heads, 2) / 128)

@@ -42,7 +42,7 @@ def model_rows(density: float | None, batches: tuple[int, ...], prefill: int, de
 def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: torch.dtype, device: str) -> Row:
     _forget(device)
     with torch.device(device), torch.no_grad():
-        model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, density, dtype).eval()
+        model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, density, dtype, device).eval()
         words = torch.randint(shape.vocabulary, (batch, tokens))
         position = torch.arange(tokens) + (0 if tokens > 1 else model.tokens - 1)
         expected = model(words, position)
@@ -72,7 +72,9 @@ def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
         try:
             torch.compiler.reset()
             with torch.device(device), torch.no_grad():
-                blocks = [Block(shape, tokens, 1, density, dtype).eval() for _ in range(1 if device == "cpu" else 3)]
+                blocks = [
+                    Block(shape, tokens, 1, density, dtype, device).eval() for _ in range(1 if device == "cpu" else 3)
+                ]
                 x = torch.randn(1, tokens, shape.width).to(dtype)
                 cos, sin = (torch.randn(tokens, shape.width // shape.heads).to(dtype) for _ in range(2))
                 position = torch.arange(tokens)

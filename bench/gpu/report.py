@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,17 @@ def about(device: str) -> dict[str, Any]:
         }
     else:
         facts["card"] = platform.processor() or platform.machine()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return facts | {"revision": _revision()}
+
+
+def _revision() -> str:
+    """The commit of this tree, where git knows it."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)
-    facts["revision"] = done.stdout.strip() if done.returncode == 0 else "unknown"
-    return facts
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def folder(root: Path, facts: dict[str, Any]) -> Path:
