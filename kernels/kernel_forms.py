@@ -18,9 +18,10 @@ from pifa_compile.kernels.tile_tables import Rates, Table, table_for
 
 @dataclass(frozen=True)
 class Call:
-    """One layer as a kernel sees it; ``dtype`` is that of the coefficients, ``tokens`` what N is expected to be.
+    """One layer as a kernel sees it; ``dtype`` is that of the coefficients.
 
-    ``device`` is the name of a CUDA device, None elsewhere.
+    ``device`` is the name of a CUDA device, None elsewhere. ``dynamic`` says that N may be another than ``tokens`` in
+    later calls of the same code; ``fixed``, that m, n and r are numbers.
     """
 
     device: str | None
@@ -29,19 +30,24 @@ class Call:
     m: int
     n: int
     r: int
+    dynamic: bool = False
+    fixed: bool = True
 
     @classmethod
     def of_ir(cls, rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any) -> Call:
         """The call that Inductor IR describes; rows is N x n."""
-        device, expected = rows.get_device(), autotuner().expected
-        r, n = (expected(size) for size in pivot_rows.get_size())
+        device, auto = rows.get_device(), autotuner()
+        tokens, sizes = rows.get_size()[0], (*row_order.get_size(), *pivot_rows.get_size())
+        m, r, n = (auto.expected(size) for size in sizes)
         return cls(
             device=device_name(device) if device.type == "cuda" else None,
             dtype=dtype_name(coefficients.get_dtype()),
-            tokens=expected(rows.get_size()[0]),
-            m=expected(row_order.get_size()[0]),
+            tokens=auto.expected(tokens),
+            m=m,
             n=n,
             r=r,
+            dynamic=not auto.is_number(tokens),
+            fixed=all(auto.is_number(size) for size in sizes),
         )
 
 
@@ -51,6 +57,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_tm
 #: Forms that the cost may choose. A kernel that waits for another's programs is chosen by a measured row alone. So is
 #: the pair [I; C] P: it multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
 PROVEN = ("tail", "gather")
+
+#: Forms whose tiles hold all tokens at once, and so no more than they were made for.
+FEW = ("relay",)
 
 Cost = Callable[[str, Call, Rates], float]
 
@@ -75,10 +84,10 @@ def roofline(form: str, call: Call, rates: Rates) -> float:
 
 def form_for(call: Call, cost: Cost = roofline) -> str:
     """The form for a call: what a row of the device's table names, else the cheapest of the proven ones."""
-    if call.device is None or call.r == call.m:
+    if call.device is None or call.r == call.m or not call.fixed:
         return "gather"
     table = table_for(call.device)
-    possible = [form for form in TEMPLATES if _has_tiles(table, form, call)]
+    possible = [form for form in TEMPLATES if _has_tiles(table, form, call) and not (call.dynamic and form in FEW)]
     named = table.form(call.dtype, call.tokens, call.r / min(call.m, call.n))
     if named in possible:
         return named

@@ -252,6 +252,10 @@ class InductorAutotuner:
         """The value of a size, for a symbol the one that it was first seen with."""
         return int(self._virtual.graph.sizevars.optimization_hint(size))
 
+    def is_number(self, size: Any) -> bool:
+        """Whether a size is a number, not a symbol."""
+        return isinstance(size, int) or bool(size.is_number)
+
     def workspace(self, device: torch.device, count: Any, dtype: torch.dtype) -> Any:
         """Uninitialised memory of ``count`` numbers that a template finds at ``ws_ptr`` while it runs."""
         from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode

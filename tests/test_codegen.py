@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from pretend_h200.codegen import fake, generate, kernels, launches
 from pretend_h200.model import graph_on_cuda, program_of
 
-from pifa_compile.kernels import lowering
+from pifa_compile.kernels import lowering, tile_tables
 from pifa_compile.kernels.op import linear
 
 LINEARS = 14  # of a Llama with two layers, its head left out
@@ -145,6 +146,14 @@ def dynamic_tokens(make):
         return [torch.empty(tokens, first.shape[1], dtype=first.dtype, device="cuda"), *rest]
 
     return given
+
+
+def test_a_relay_is_not_made_for_a_dynamic_number_of_tokens():
+    span = tile_tables.Span(("bfloat16",), 1, None)
+    table = tile_tables.read(tile_tables.FOLDER / "nvidia-h200.json")
+    with tile_tables.use_table(replace(table, forms=(tile_tables.FormRow("relay", span, (0.0, 1.0), ""),))):
+        assert "arg_COUNTERS" in generate(linear, arguments(8, bias=False))
+        assert "arg_COUNTERS" not in generate(linear, dynamic_tokens(arguments(8, bias=False)))
 
 
 def test_a_layer_of_full_row_rank_needs_no_tail():

@@ -70,6 +70,17 @@ def test_a_form_without_tiles_is_not_chosen():
         assert forms.form_for(call(17)) == "tail"  # relays are for 16 tokens at most
 
 
+def test_a_kernel_for_few_tokens_never_meets_more_than_it_was_made_for():
+    row = tile_tables.FormRow("relay", ALWAYS, (0.0, 1.0), "")
+    with tile_tables.use_table(replace(tile_tables.table_for(H200), forms=(row,))):
+        assert forms.form_for(call(4)) == "relay"
+        assert forms.form_for(replace(call(4), dynamic=True)) == "tail"
+        assert forms.form_for(replace(call(4), fixed=False)) == "gather"
+    for table in map(tile_tables.read, tile_tables.FOLDER.glob("*.json")):
+        for tile in table.tiles:
+            assert tile.template not in forms.FEW or (tile.span.last or 0) <= tile.constants["BLOCK_M"]
+
+
 def test_exact_float32_is_left_to_the_library(tf32):
     assert forms.form_for(call(dtype="float32")) == "tail"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
