@@ -52,7 +52,7 @@ class Call:
 
 
 #: The templates of a form, of which it needs a tile.
-TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_tma"), "relay": ("relay",)}
+TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_gemv", "tail_tma"), "relay": ("relay",)}
 
 #: Forms that the cost may choose. A kernel that waits for another's programs is chosen by a measured row alone. So is
 #: the pair [I; C] P: it multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.

@@ -35,7 +35,7 @@ def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_s
     layout = auto.layout(y_p, [y_p.get_size()[0], row_order.get_size()[0]], dtype)
     tokens = auto.expected(y_p.get_size()[0])
     table = table_for(device_name(y_p.get_device()))
-    names = ("tail", "tail_tma") if _by_tma(inputs[:2]) else ("tail",)  # that no card has tried yet goes last
+    names = ["tail", "tail_gemv", *(["tail_tma"] if _by_tma(inputs[:2]) else [])]  # the first one is the default
     dtype_in = dtype_name(coefficients.get_dtype())
     tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
     choices: list[Any] = []

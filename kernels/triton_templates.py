@@ -36,6 +36,7 @@ def _tail_tma_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any, min:
 GRIDS: dict[str, Callable[..., tuple[Any, int, int]]] = {
     "relay": _relay_grid,
     "tail": _tail_grid,
+    "tail_gemv": _tail_grid,
     "tail_tma": _tail_tma_grid,
 }
 
