@@ -63,9 +63,9 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         calls = [lambda x=x, i=i: run(x, i) for i, x in enumerate(inputs(count))]
         return calls, run, (lambda x: x.double() @ right[0].double().T @ left[0].double().T)
 
-    def pifa(function: Callable[..., Tensor], split: bool) -> Any:
+    def pifa(function: Callable[..., Tensor], split: bool, coefficients: torch.dtype | None = None) -> Any:
         def make(count: int) -> Any:
-            factors = [random_factors(case, dtype, device) for _ in range(count)]
+            factors = [random_factors(case, dtype, device, coefficients) for _ in range(count)]
             order = lambda f: (f.row_order[:r].long(), f.row_order[r:].long()) if split else (f.row_order,)  # noqa: E731
             given = [(f.pivot_rows, f.coefficients, *order(f)) for f in factors]
             calls = [lambda x=x, g=g: function(x, *g) for x, g in zip(inputs(count), given, strict=True)]
@@ -93,6 +93,9 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         lowering.register()
         compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
         yield Way(f"pifa {form}", pifa(compiled, False), kept, flop, lambda form=form: forced(device, form))
+    if dtype == torch.bfloat16:  # coefficients and y_p in float16, which rounds them eight times less
+        compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
+        yield Way("pifa, fp16 coefficients", pifa(compiled, False, torch.float16), kept, flop)
     if device == "cuda" and dtype != torch.float32:
         yield Way("2:4", half_sparse, m * n * 9 // 16, 2 * m * n)
 
