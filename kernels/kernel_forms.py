@@ -54,9 +54,9 @@ class Call:
 #: The templates of a form, of which it needs a tile.
 TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_gemv", "tail_tma"), "relay": ("relay",)}
 
-#: Forms that the cost may choose. A kernel that waits for another's programs is chosen by a measured row alone. So is
-#: the pair [I; C] P: it multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
-PROVEN = ("tail", "gather")
+#: Forms that the cost may choose; a relay is chosen by a measured row alone. The pair [I; C] P is no form here: it
+#: multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
+BY_COST = ("tail", "gather")
 
 #: Forms whose tiles hold all tokens at once, and so no more than they were made for.
 FEW = ("relay",)
@@ -83,7 +83,7 @@ def roofline(form: str, call: Call, rates: Rates) -> float:
 
 
 def form_for(call: Call, cost: Cost = roofline) -> str:
-    """The form for a call: what a row of the device's table names, else the cheapest of the proven ones."""
+    """The form for a call: what a row of the device's table names, else the cheapest of BY_COST."""
     if call.device is None or call.r == call.m or not call.fixed:
         return "gather"
     table = table_for(call.device)
@@ -93,7 +93,7 @@ def form_for(call: Call, cost: Cost = roofline) -> str:
         return named
     if call.dtype == "float32" and not tf32_allowed():
         return "gather"  # Triton multiplies exact float32 on no matrix unit; the library does as well, but far better
-    return min((form for form in PROVEN if form in possible), key=lambda form: cost(form, call, table.rates))
+    return min((form for form in BY_COST if form in possible), key=lambda form: cost(form, call, table.rates))
 
 
 def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:

@@ -1,6 +1,6 @@
 """The relay: all of ``pifa::linear`` for few tokens in one launch whose second phase waits on counters of the first.
 
-No default: whether it is right and fast can only be told on a card. A row of the tile table, or a benchmark, names it.
+No default: whether it is right and fast can only be told on a card. A row of a table names it, once it was tried there.
 m = out_features, n = in_features, r = rank, N = tokens.
 """
 

@@ -69,15 +69,22 @@ class Rates:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that is known of one device."""
+    """Everything that is known of one device.
+
+    ``untried`` names templates that have not yet given right numbers on the device itself and are left out until then:
+    those whose programs wait for each other, or that use TMA, of which a compiler and an interpreter say too little.
+    """
 
     device: str
     rates: Rates
     tiles: tuple[Tile, ...]
     forms: tuple[FormRow, ...]
+    untried: tuple[str, ...] = ()
 
     def candidates(self, template: str, dtype: str, tokens: int) -> list[Tile]:
         """The rows of a template for one call, the preferred one first."""
+        if template in self.untried:
+            return []
         return [t for t in self.tiles if t.template == template and t.span.holds(dtype, tokens)]
 
     def form(self, dtype: str, tokens: int, rank_share: float) -> str | None:
@@ -135,6 +142,7 @@ def read(path: Path) -> Table:
             FormRow(row["form"], _span(row), (row["rank_share"][0], row["rank_share"][1]), row["reason"])
             for row in data["forms"]
         ),
+        untried=tuple(data["untried"]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which form runs a layer: a row of the table before the cost, and only forms that are proven and have tiles."""
+"""Which form runs a layer: a row of the table before the cost, and only forms that were tried and have tiles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pifa_compile.kernels import kernel_forms as forms
 from pifa_compile.kernels import lowering, tile_tables
 
 H200 = "NVIDIA H200"
+TABLE = replace(tile_tables.table_for(H200), untried=())
 ALWAYS = tile_tables.Span(("float16", "bfloat16", "float32"), 1, None)
 
 
@@ -28,7 +29,7 @@ def tf32():
 
 def test_every_form_has_a_lowering():
     assert set(forms.TEMPLATES) == set(lowering.FORMS)
-    assert set(forms.PROVEN) <= set(forms.TEMPLATES)
+    assert set(forms.BY_COST) <= set(forms.TEMPLATES)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
@@ -54,7 +55,7 @@ def test_another_cost_may_be_given():
 def test_a_row_of_the_table_goes_before_the_cost_within_its_span(form):
     span = tile_tables.Span(("bfloat16",), 1, 16)
     row = tile_tables.FormRow(form, span, (0.2, 0.4), "measured")
-    with tile_tables.use_table(replace(tile_tables.table_for(H200), forms=(row,))):
+    with tile_tables.use_table(replace(TABLE, forms=(row,))):
         assert forms.form_for(call(16)) == form
         assert forms.form_for(call(17)) == "tail"
         assert forms.form_for(call(16, dtype="float16")) == "tail"
@@ -62,23 +63,30 @@ def test_a_row_of_the_table_goes_before_the_cost_within_its_span(form):
 
 
 def test_a_form_without_tiles_is_not_chosen():
-    table = tile_tables.table_for(H200)
     row = tile_tables.FormRow("relay", ALWAYS, (0.0, 1.0), "")
-    with tile_tables.use_table(replace(table, tiles=(), forms=(row,))):
+    with tile_tables.use_table(replace(TABLE, tiles=(), forms=(row,))):
         assert forms.form_for(call()) == "gather"
-    with tile_tables.use_table(replace(table, forms=(row,))):
+    with tile_tables.use_table(replace(TABLE, forms=(row,))):
         assert forms.form_for(call(17)) == "tail"  # relays are for 16 tokens at most
 
 
 def test_a_kernel_for_few_tokens_never_meets_more_than_it_was_made_for():
     row = tile_tables.FormRow("relay", ALWAYS, (0.0, 1.0), "")
-    with tile_tables.use_table(replace(tile_tables.table_for(H200), forms=(row,))):
+    with tile_tables.use_table(replace(TABLE, forms=(row,))):
         assert forms.form_for(call(4)) == "relay"
         assert forms.form_for(replace(call(4), dynamic=True)) == "tail"
         assert forms.form_for(replace(call(4), fixed=False)) == "gather"
     for table in map(tile_tables.read, tile_tables.FOLDER.glob("*.json")):
         for tile in table.tiles:
             assert tile.template not in forms.FEW or (tile.span.last or 0) <= tile.constants["BLOCK_M"]
+
+
+def test_a_template_that_its_device_has_not_tried_is_not_used():
+    row = tile_tables.FormRow("relay", ALWAYS, (0.0, 1.0), "")
+    with tile_tables.use_table(replace(TABLE, forms=(row,), untried=("relay",))):
+        assert forms.form_for(call(4)) == "tail"
+    shipped = tile_tables.table_for(H200)
+    assert not [t for name in shipped.untried for t in shipped.candidates(name, "float16", 16)]
 
 
 def test_exact_float32_is_left_to_the_library(tf32):

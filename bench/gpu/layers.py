@@ -100,13 +100,22 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         yield Way("2:4", half_sparse, m * n * 9 // 16, 2 * m * n)
 
 
+def all_templates(device: str) -> Any:
+    """Have the card's table with all its templates, also those that the card has not tried yet."""
+    if device == "cpu":
+        return nullcontext()
+    return tile_tables.use_table(replace(tile_tables.table_for(torch.cuda.get_device_name()), untried=()))
+
+
 def forced(device: str, form: str) -> Any:
     """Have every layer in one form, with the device's own tiles."""
     if device == "cpu":
         return nullcontext()
     table = tile_tables.table_for(torch.cuda.get_device_name())
     always = tile_tables.Span(("float16", "bfloat16", "float32"), 1, None)
-    return tile_tables.use_table(replace(table, forms=(tile_tables.FormRow(form, always, (0.0, 1.0), "forced"),)))
+    return tile_tables.use_table(
+        replace(table, forms=(tile_tables.FormRow(form, always, (0.0, 1.0), "forced"),), untried=())
+    )
 
 
 def measure(way: Way, case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -> Row:

@@ -55,6 +55,17 @@ def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
         yield from layer("layers", cases(first, 0.5625), (1, 2048), FP32)
 
 
+def _rows(section: str, make: Callable[[], list[report.Row]]) -> list[report.Row]:
+    """The rows of one step, printed."""
+    try:
+        rows = make()
+    except Exception as problem:  # what a step could not even begin must not end the run, nor be hidden
+        rows = [{"way": section, "ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]}]
+    for row in rows:
+        print(section, {key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
+    return rows
+
+
 def main() -> int:
     """Run, print and write; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,19 +90,13 @@ def main() -> int:
         layers.EXCLUDED.add(probe.FORM)
         sections["probe"] = [{"way": f"pifa {probe.FORM}", "ok": False, "problem": problem}]
     left_out: list[str] = []
-    for number, (section, seconds, make) in enumerate(steps(given.device, given.tiny, top)):
-        if not budget.allows(seconds):
-            left_out.append(f"step {number} ({section})")
-            continue
-        try:
-            rows = make()
-        except Exception as problem:  # what a step could not even begin
-            rows = [{"way": section, "ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]}]
-        for row in rows:
-            print(section, {key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
-        sections.setdefault(section, []).extend(rows)
-        report.write(where, facts, sections, left_out)
-    report.write(where, facts, sections, left_out)
+    with layers.all_templates(given.device):
+        for number, (section, seconds, make) in enumerate(steps(given.device, given.tiny, top)):
+            if budget.allows(seconds):
+                sections.setdefault(section, []).extend(_rows(section, make))
+            else:
+                left_out.append(f"step {number} ({section})")
+            report.write(where, facts, sections, left_out)
     for section in ("layers", "ranks"):
         report.plot(where, sections.get(section, []), section)
     wrong = [row for rows in sections.values() for row in rows if not row["ok"] and row.get("way") != "2:4"]
