@@ -1,8 +1,12 @@
-"""How Inductor compiles ``pifa::linear`` where it meets the operator itself.
+"""How Inductor compiles ``pifa::linear`` where it meets the operator itself: every form that it can be lowered to.
 
-On CPU the graph passes decompose the operator before Inductor sees it; what comes here is the operator in a graph of
-somebody else (the stock backend on a prepared model, an exported program): two matrix multiplications that Inductor
-tunes as its own, and one gather that fuses into whatever reads the output.
+    gather   two matrix multiplications of Inductor's and one gather that fuses into whatever reads the output
+    tail     CUDA: y_p by Inductor's own matrix multiplication, then one kernel that writes the whole of Y
+    relay    CUDA, few tokens: both in one kernel, whose second phase waits for the first
+
+On CPU the graph passes decompose the operator before Inductor sees it; the operator comes here in a graph of somebody
+else (the stock backend on a prepared model, an exported program), where the gather form serves. m = out_features,
+n = in_features, r = rank, N = number of tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from typing import Any
 import torch
 
 from pifa_compile._torch import inductor
+from pifa_compile.kernels import relay, tail
+from pifa_compile.kernels.kernel_forms import Call, form_for
 from pifa_compile.kernels.op import linear
 
 aten = torch.ops.aten
@@ -23,6 +29,7 @@ aten = torch.ops.aten
 def register() -> None:
     """Give Inductor the lowering; safe to call often."""
     inductor().register(linear, lower_linear)
+    tail.register()
 
 
 def lower_linear(
@@ -31,23 +38,51 @@ def lower_linear(
     """Inductor IR of ``pifa::linear``; the arguments are TensorBoxes, x may have any number of leading dimensions."""
     call = inductor().call
     *lead, n = x.get_size()
-    dtype, tokens = x.get_dtype(), math.prod(lead)
-    rows = call(aten.view, x, [tokens, n])
+    rows = call(aten.view, x, [math.prod(lead), n])
+    seen = Call.of_ir(rows, pivot_rows, coefficients, row_order)
+    y = FORMS[form_for(seen)](rows, pivot_rows, coefficients, row_order, y_scale)
+    y = call(aten.view, y, [*lead, row_order.get_size()[0]])
+    return y if bias is None else call(aten.add, y, bias)
+
+
+def lower_to_tail(rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float) -> Any:
+    """y_p in the coefficients' dtype and scaled, then the whole of Y from it."""
+    dtype = rows.get_dtype()
+    if coefficients.get_dtype() == pivot_rows.get_dtype():
+        return tail.lower(_times_transposed(rows, pivot_rows), coefficients, row_order, dtype, 1.0)
+    y_p = _accumulated(rows, pivot_rows)
+    scaled = _cast(inductor().call(aten.mul, y_p, y_scale), coefficients.get_dtype())
+    return tail.lower(scaled, coefficients, row_order, dtype, 1 / y_scale)
+
+
+def lower_to_gather(rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float) -> Any:
+    """Both products in their own order, and a gather that the consumer takes in."""
+    dtype = rows.get_dtype()
     if coefficients.get_dtype() == pivot_rows.get_dtype():
         y_p = _times_transposed(rows, pivot_rows)
         y_np = _times_transposed(y_p, coefficients)
     else:
-        y_p = _times_transposed(_cast(rows, torch.float32), _cast(pivot_rows, torch.float32))
-        rounded = _cast(_cast(call(aten.mul, y_p, y_scale), coefficients.get_dtype()), torch.float32)
-        y_np = call(aten.mul, _times_transposed(rounded, _cast(coefficients, torch.float32)), 1 / y_scale)
-    y = _gather(y_p, y_np, _positions(row_order), dtype)
-    y = call(aten.view, y, [*lead, row_order.get_size()[0]])
-    return y if bias is None else call(aten.add, y, bias)
+        y_p = _accumulated(rows, pivot_rows)
+        rounded = _cast(inductor().call(aten.mul, y_p, y_scale), coefficients.get_dtype())
+        y_np = inductor().call(aten.mul, _accumulated(rounded, coefficients), 1 / y_scale)
+    return _gather(y_p, y_np, _positions(row_order), dtype)
+
+
+FORMS = {"gather": lower_to_gather, "relay": relay.lower, "tail": lower_to_tail}
 
 
 def _times_transposed(a: Any, b: Any) -> Any:
     call = inductor().call
     return call(aten.mm, a, call(aten.permute, b, [1, 0]))
+
+
+def _accumulated(a: Any, b: Any) -> Any:
+    """a @ b.T in float32: on CUDA by a product that rounds nothing, elsewhere of inputs that were cast."""
+    call = inductor().call
+    half = a.get_dtype() == b.get_dtype() and a.get_dtype().itemsize == 2
+    if half and a.get_device().type == "cuda":
+        return call(aten.mm, a, call(aten.permute, b, [1, 0]), out_dtype=torch.float32)
+    return _times_transposed(_cast(a, torch.float32), _cast(b, torch.float32))
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

@@ -45,7 +45,9 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
     """Inductor on a Dynamo graph, with ``settings`` in force while it compiles."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=settings)  # type: ignore[assignment]
+    # 2.11 fuses nothing into a template behind an activation of three dimensions unless it leaves loops in their order.
+    fusing = {"loop_ordering_after_fusion": False} if torch.__version__ < "2.12" else {}
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=fusing | settings)  # type: ignore[assignment]
     return compiled
 
 
@@ -196,6 +198,123 @@ class InductorLowering:
 def inductor() -> InductorLowering:
     """The lowering interface, imported on first use: that takes two seconds."""
     return InductorLowering()
+
+
+class InductorAutotuner:
+    """Inductor's Triton templates and its choice among them (read and run with 2.13 and 2.11)."""
+
+    def __init__(self) -> None:
+        from torch._inductor import config, ir, select_algorithm
+        from torch._inductor.virtualized import V
+
+        self._config, self._ir, self._select, self._virtual = config, ir, select_algorithm, V
+
+    def template(self, name: str, grid: Callable[..., Any], source: str) -> Any:
+        """A Triton template; ``grid(*output_sizes, constants, cdiv=)`` gives the launch grid, of ints or symbols.
+
+        Names are global and may be taken once per process: where this package is loaded again, the first one stays.
+        """
+        made = self._select.TritonTemplate.all_templates.get(name)
+        if made is None:
+            made = self._select.TritonTemplate(name, self._select.SymbolicGridFn(grid), source)
+        return made
+
+    def kernel(self, name: str, function: Callable[..., Tensor]) -> Any:
+        """A Python function of tensors that compiled code may call; its name is global too."""
+        found = self._select.ExternKernelChoice.lookup(name) if self._has_lookup() else None
+        if found is None and not hasattr(self._select.extern_kernels, name):
+            found = self._select.ExternKernelChoice(function, name=name, has_out_variant=False)
+            _KERNELS[name] = found
+        return found or _KERNELS[name]
+
+    def _has_lookup(self) -> bool:
+        return hasattr(self._select.ExternKernelChoice, "lookup")  # 2.13
+
+    def layout(self, like: Any, size: list[Any], dtype: torch.dtype) -> Any:
+        """A contiguous matrix on the device of the IR ``like``."""
+        return self._ir.FixedLayout(like.get_device(), dtype, size, [size[1], 1])
+
+    def realize(self, *inputs: Any) -> list[Any]:
+        """The inputs as buffers in memory."""
+        return [self._select.realize_inputs(x) for x in inputs]
+
+    def add(self, choices: list[Any], template: Any, inputs: list[Any], layout: Any, **settings: Any) -> str | None:
+        """Render a template and append it to the choices; returns what was wrong where it cannot be rendered."""
+        problem = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **settings)
+        return None if problem is None else str(problem)
+
+    def add_kernel(self, choices: list[Any], kernel: Any, inputs: list[Any], layout: Any, **arguments: Any) -> None:
+        """Append a call of a Python function to the choices."""
+        choices.append(kernel.bind(tuple(inputs), layout, **arguments))
+
+    def choose(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, make: dict[int, Any]) -> Any:
+        """IR of the best choice; one alone is not measured. ``make`` fills inputs by position for the measurement."""
+        found = self._select.autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make)
+        return found[0] if isinstance(found, tuple) else found  # 2.13 returns the choice as well
+
+    def measures(self) -> bool:
+        """Whether choices are to be measured (max_autotune)."""
+        return bool(self._config.max_autotune or self._config.max_autotune_gemm)
+
+    def calls_python(self) -> bool:
+        """Whether the generated program can call Python functions: not where it is C++ (AOTInductor)."""
+        return not self._virtual.graph.cpp_wrapper
+
+    def expected(self, size: Any) -> int:
+        """The value of a size, for a symbol the one that it was first seen with."""
+        return int(self._virtual.graph.sizevars.optimization_hint(size))
+
+    def is_number(self, size: Any) -> bool:
+        """Whether a size is a number, not a symbol."""
+        return isinstance(size, int) or bool(size.is_number)
+
+    def workspace(self, device: torch.device, count: Any, dtype: torch.dtype) -> Any:
+        """Uninitialised memory of ``count`` numbers that a template finds at ``ws_ptr`` while it runs."""
+        from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
+
+        return WorkspaceArg(
+            count=count,
+            zero_mode=WorkspaceZeroMode.UNINITIALIZED,
+            device=device,
+            outer_name=WorkspaceArg.unique_name(),
+            dtype=dtype,
+        )
+
+    def once_per_graph(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for the graph that is being lowered."""
+        made: dict[str, Any] = self._virtual.graph.__dict__.setdefault("pifa_once", {})
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
+    def numbers(self, ir: Any) -> Tensor:
+        """Uninitialised memory for a benchmark of IR: for functions that fill it."""
+        size = [self.expected(s) for s in ir.get_size()]
+        return torch.empty(size, dtype=ir.get_dtype(), device=ir.get_device())
+
+
+_KERNELS: dict[str, Any] = {}
+
+
+@functools.cache
+def autotuner() -> InductorAutotuner:
+    """The autotuning interface, imported on first use."""
+    return InductorAutotuner()
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matrix products may round their inputs to TF32 on CUDA."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def device_name(device: torch.device) -> str:
+    """What the driver calls a CUDA device."""
+    return torch.cuda.get_device_name(device)
+
+
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors a CUDA device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tracing() -> bool:

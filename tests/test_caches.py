@@ -91,7 +91,8 @@ def test_the_source_digest_covers_every_source_and_nothing_else(tmp_path, monkey
     first = digest()
     (copied / "notes.txt").write_text("no source")
     assert digest() == first
-    for name in ("kernels/lowering.py", "passes/replace.py", "store/cache.py", "factors.py"):
+    kernels = ("kernels/lowering.py", "kernels/templates/tail.jinja", "kernels/tiles/nvidia-h200.json")
+    for name in (*kernels, "passes/replace.py", "store/cache.py", "factors.py"):
         before = digest()
         (copied / name).write_text((copied / name).read_text() + "\n# edited\n")
         assert digest() != before, name

@@ -1,0 +1,99 @@
+"""A whole block, and a whole model of Llama-2-7B's shape: dense and at two densities, all compiled alike and captured
+in CUDA graphs. Tokens per second, bytes of weights, and the peak of memory."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from typing import Any
+
+import torch
+
+from bench.gpu.cases import relative
+from bench.gpu.llama import LLAMA_2_7B, TINY, Block, Model
+from bench.gpu.timing import inductor, seconds_per_call
+from pifa_compile.backend import pifa
+
+Row = dict[str, Any]
+DENSITIES = (None, 0.5625, 0.55)
+CACHE = 512  # tokens that a decoding step attends to
+
+
+def name(density: float | None) -> str:
+    """How a row calls a model."""
+    return "dense" if density is None else f"pifa {density:g}"
+
+
+def model_rows(density: float | None, batches: tuple[int, ...], prefill: int, device: str, tiny: bool) -> list[Row]:
+    """Decoding at each batch size, and a prefill, of one model; it is built once for each."""
+    shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
+    found = []
+    for batch, tokens in [*((batch, 1) for batch in batches), (1, prefill)]:
+        about = {"model": shape.name, "way": name(density), "batch": batch, "tokens": tokens}
+        row: Row = about | {"dtype": str(dtype)[6:]}
+        try:
+            found.append(row | _measure(shape, density, batch, tokens, dtype, device))
+        except Exception as problem:  # a row that fails must not end the run, nor be hidden
+            found.append(row | {"ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]})
+        _forget(device)
+    return found
+
+
+def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: torch.dtype, device: str) -> Row:
+    _forget(device)
+    with torch.device(device), torch.no_grad():
+        model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, density, dtype, device).eval()
+        words = torch.randint(shape.vocabulary, (batch, tokens))
+        position = torch.arange(tokens) + (0 if tokens > 1 else model.tokens - 1)
+        expected = model(words, position)
+        model.compile_blocks(inductor(device))
+        error = relative(model(words, position), expected)
+        seconds = seconds_per_call([functools.partial(model, words, position)], device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return {
+        "ms": seconds.median * 1e3,
+        "tokens per s": batch * tokens / seconds.median,
+        "linear GB": model.linear_bytes() / 1e9,
+        "weights GB": sum(p.nbytes for p in model.parameters()) / 1e9,
+        "peak GB": peak / 1e9,
+        "error": error,  # against the same model without compilation
+        "ok": error < (5e-2 if dtype == torch.bfloat16 else 1e-4),
+    }
+
+
+def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
+    """One block at each density, the compressed ones through the backend itself, as users call it."""
+    ours = functools.partial(pifa, options=None if device == "cuda" else {"inner": "eager"})
+    shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
+    found = []
+    for density in DENSITIES:
+        row: Row = {"model": f"{shape.name} block", "way": name(density), "tokens": tokens, "dtype": str(dtype)[6:]}
+        backend = inductor(device) if density is None else ours
+        try:
+            torch.compiler.reset()
+            with torch.device(device), torch.no_grad():
+                blocks = [
+                    Block(shape, tokens, 1, density, dtype, device).eval() for _ in range(1 if device == "cpu" else 3)
+                ]
+                x = torch.randn(1, tokens, shape.width).to(dtype)
+                cos, sin = (torch.randn(tokens, shape.width // shape.heads).to(dtype) for _ in range(2))
+                position = torch.arange(tokens)
+                given = (x, cos, sin, position, None)
+                expected = blocks[0](*given)
+                compiled = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
+                error = relative(compiled[0](*given), expected)
+                seconds = seconds_per_call([functools.partial(block, *given) for block in compiled], device)
+            bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+            found.append(row | {"ms": seconds.median * 1e3, "error": error, "ok": error < bound})
+        except Exception as problem:  # as above
+            found.append(row | {"ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]})
+    _forget(device)
+    return found
+
+
+def _forget(device: str) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

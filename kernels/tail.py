@@ -1,0 +1,94 @@
+"""The tail: the whole of Y from y_p, in one launch whose epilogue Inductor fuses with what reads Y.
+
+    Y[:, row_order[:r]] = y_p / scale        Y[:, row_order[r:]] = (y_p @ coefficients.T) / scale
+
+Candidates are the tiles of the device's table and, where choices are measured, two index copies around a library GEMM.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pifa_compile._torch import autotuner, device_name, dtype_name, processors, tf32_allowed
+from pifa_compile.kernels.tile_tables import Tile, table_for
+from pifa_compile.kernels.triton_templates import template
+
+log = logging.getLogger(__name__)
+
+#: Takes the names of position in [pivots, others]; see ``lower``.
+ROW_ORDER = 2
+
+
+def register() -> None:
+    """Make the library kernel known to compiled programs, which call it by name."""
+    autotuner().kernel("pifa_tail_library", tail_by_library)
+
+
+def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_scale: float) -> Any:
+    """Inductor IR of Y (N x m, ``dtype``) from y_p (N x r, the coefficients' dtype, scaled by 1 / ``out_scale``)."""
+    auto = autotuner()
+    inputs = auto.realize(y_p, coefficients, row_order)
+    layout = auto.layout(y_p, [y_p.get_size()[0], row_order.get_size()[0]], dtype)
+    tokens = auto.expected(y_p.get_size()[0])
+    table = table_for(device_name(y_p.get_device()))
+    names = ["tail", "tail_gemv", *(["tail_tma"] if _by_tma(inputs[:2]) else [])]  # the first one is the default
+    dtype_in = dtype_name(coefficients.get_dtype())
+    tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
+    choices: list[Any] = []
+    for tile in tiles:
+        problem = auto.add(choices, template(tile.template), inputs, layout, **_settings(tile, y_p, out_scale))
+        if problem is not None:
+            log.debug("tail tile %s: %s", tile, problem)
+        elif not auto.measures():
+            break  # the table decides
+    if auto.calls_python() and (auto.measures() or not choices):
+        kernel = auto.kernel("pifa_tail_library", tail_by_library)
+        auto.add_kernel(choices, kernel, inputs, layout, dtype=dtype, out_scale=out_scale)
+    return auto.choose("pifa_tail", choices, inputs, layout, {ROW_ORDER: _some_order})
+
+
+def _by_tma(matrices: list[Any]) -> bool:
+    """Whether rows are contiguous and begin at multiples of 16 bytes, and the device is of compute capability 9."""
+    major, _ = torch.cuda.get_device_capability(matrices[0].get_device())
+    rows = [(x.get_stride(), x.get_dtype().itemsize) for x in matrices]
+    return major >= 9 and all(inner == 1 and outer * size % 16 == 0 for (outer, inner), size in rows)
+
+
+def _settings(tile: Tile, y_p: Any, out_scale: float) -> dict[str, Any]:
+    r = int(y_p.get_size()[1])
+    persistent = {"PROGRAMS": processors(y_p.get_device())} if tile.template == "tail_tma" else {}
+    return {
+        **tile.constants,
+        **persistent,
+        "RANK": r,
+        "EVEN_K": r % tile.constants["BLOCK_K"] == 0,
+        "OUT_SCALE": out_scale,
+        "ACC_TYPE": "tl.float32",
+        "ALLOW_TF32": tf32_allowed(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _some_order(row_order: Any) -> Tensor:
+    """A permutation for the measurement: uninitialised numbers would all store to few columns, or out of bounds."""
+    numbers = autotuner().numbers(row_order)
+    return torch.randperm(numbers.shape[0], device=numbers.device).to(numbers.dtype)
+
+
+def tail_by_library(
+    y_p: Tensor, coefficients: Tensor, row_order: Tensor, *, dtype: torch.dtype, out_scale: float
+) -> Tensor:
+    """The tail by a library GEMM and two index copies."""
+    r = y_p.shape[1]
+    y = y_p.new_empty(y_p.shape[0], row_order.shape[0], dtype=dtype)
+    y_np = y_p @ coefficients.T
+    if out_scale != 1.0:
+        y_p, y_np = y_p * out_scale, y_np * out_scale
+    y[:, row_order[:r]] = y_p.to(dtype)
+    y[:, row_order[r:]] = y_np.to(dtype)
+    return y

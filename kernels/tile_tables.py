@@ -1,0 +1,155 @@
+"""The tile tables: which launch configurations of a template to try on which device, and why.
+
+One JSON file per device in ``tiles/``, named after the device; ``safe.json`` serves those that have none. A row says
+for which dtypes and token counts it holds and carries its reason: an argument, or a measurement with card, dtype and
+shape. N = number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).with_name("tiles")
+SAFE = "safe"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Span:
+    """For which calls a row holds: the dtypes of x, and token counts from ``first`` to ``last`` (None: no end)."""
+
+    dtypes: tuple[str, ...]
+    first: int
+    last: int | None
+
+    def holds(self, dtype: str, tokens: int) -> bool:
+        return dtype in self.dtypes and self.first <= tokens and (self.last is None or tokens <= self.last)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch configuration of one template: its constants, warps per program and pipeline stages."""
+
+    template: str
+    span: Span
+    constants: Mapping[str, int]
+    warps: int
+    stages: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FormRow:
+    """Which form (of ``kernel_forms.py``) is the fastest for some calls; rank / min(m, n) is within ``rank_share``."""
+
+    form: str
+    span: Span
+    rank_share: tuple[float, float]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do at most: bytes and floating point operations per second; seconds per kernel launch."""
+
+    bytes_per_second: float
+    flop_per_second: Mapping[str, float]
+    launch_seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that is known of one device.
+
+    ``untried`` names templates that have not yet given right numbers on the device itself and are left out until then:
+    those whose programs wait for each other, or that use TMA, of which a compiler and an interpreter say too little.
+    """
+
+    device: str
+    rates: Rates
+    tiles: tuple[Tile, ...]
+    forms: tuple[FormRow, ...]
+    untried: tuple[str, ...] = ()
+
+    def candidates(self, template: str, dtype: str, tokens: int) -> list[Tile]:
+        """The rows of a template for one call, the preferred one first."""
+        if template in self.untried:
+            return []
+        return [t for t in self.tiles if t.template == template and t.span.holds(dtype, tokens)]
+
+    def form(self, dtype: str, tokens: int, rank_share: float) -> str | None:
+        """The form that a row names for the call; None where no row does."""
+        for row in self.forms:
+            if row.span.holds(dtype, tokens) and row.rank_share[0] <= rank_share <= row.rank_share[1]:
+                return row.form
+        return None
+
+
+def table_for(device: str) -> Table:
+    """The table of a device by the name that its driver reports; an unknown one gets the safe rows and one warning."""
+    if _FORCED:
+        return _FORCED[-1]
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = FOLDER / f"{slug}.json"
+    if not path.is_file():
+        _warn_once(device)
+        path = FOLDER / f"{SAFE}.json"
+    return read(path)
+
+
+@functools.cache
+def _warn_once(device: str) -> None:
+    known = sorted(p.stem for p in FOLDER.glob("*.json") if p.stem != SAFE)
+    log.warning(
+        "no tile table for %r (there are: %s): kernels run with safe tiles, which may be far from the fastest; "
+        'options={"max_autotune": True} measures instead',
+        device, ", ".join(known),
+    )  # fmt: skip
+
+
+@contextmanager
+def use_table(table: Table) -> Iterator[None]:
+    """Have ``table`` for every device, for measurements; compile caches do not know of it and must be off."""
+    _FORCED.append(table)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+_FORCED: list[Table] = []
+
+
+@functools.cache
+def read(path: Path) -> Table:
+    """The table in a file."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Table(
+        device=data["device"],
+        rates=Rates(**data["rates"]),
+        tiles=tuple(_tile(row) for row in data["tiles"]),
+        forms=tuple(
+            FormRow(row["form"], _span(row), (row["rank_share"][0], row["rank_share"][1]), row["reason"])
+            for row in data["forms"]
+        ),
+        untried=tuple(data["untried"]),
+    )
+
+
+def _span(row: dict[str, Any]) -> Span:
+    first, last = row["tokens"]
+    return Span(tuple(row["dtypes"]), first, last)
+
+
+def _tile(row: dict[str, Any]) -> Tile:
+    return Tile(row["template"], _span(row), row["constants"], row["warps"], row["stages"], row["reason"])

@@ -1,0 +1,27 @@
+"""The library's way to the whole output: the kernel beside the templates where choices are measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pifa_compile.kernels.tail import tail_by_library
+
+
+@pytest.mark.parametrize(("dtypes", "bound"), [
+    ((torch.float32, torch.float32), 1e-6),
+    ((torch.float16, torch.float16), 1e-3),
+    ((torch.bfloat16, torch.float16), 5e-3),
+])  # fmt: skip
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+@pytest.mark.parametrize("r", [1, 19, 30])
+def test_every_column_is_written_where_the_row_order_says(dtypes, bound, tokens, r, relative):
+    dtype, inner = dtypes
+    m, scale = 30, 1.0 if dtype == inner else 4.0
+    y_p, c = torch.randn(tokens, r).to(inner), torch.randn(m - r, r).to(inner)
+    order = torch.randperm(m).int()
+    y = tail_by_library(y_p, c, order, dtype=dtype, out_scale=scale)
+    exact = torch.empty(tokens, m, dtype=torch.float64)
+    exact[:, order.long()] = scale * torch.cat([y_p.double(), y_p.double() @ c.double().T], -1)
+    assert y.dtype == dtype and y.shape == exact.shape
+    assert tokens == 0 or relative(y, exact) < bound
