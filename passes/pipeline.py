@@ -1,7 +1,7 @@
 """The whole of what happens to a graph, in order, and the runner that times, counts, checks and dumps it.
 
     captured graph -> detect -> find_pairs -> lookup -> take_pairs -> [dry run ends here]
-                   -> replace -> decompose -> tidy -> Inductor
+                   -> replace -> fold -> group -> decompose -> tidy -> Inductor
 
 A pass is a function of the graph module and the context that returns a PassResult. It neither logs nor dumps.
 """
@@ -19,6 +19,8 @@ from pifa_compile import _torch
 from pifa_compile.passes.decompose import decompose
 from pifa_compile.passes.detect import detect
 from pifa_compile.passes.dump import Dump
+from pifa_compile.passes.fold import fold
+from pifa_compile.passes.group import group
 from pifa_compile.passes.lookup import lookup
 from pifa_compile.passes.pairs import find_pairs, take_pairs
 from pifa_compile.passes.plan import Context, PassResult
@@ -45,6 +47,8 @@ PIPELINE = (
         "take_pairs", take_pairs, rewrites=False
     ),  # after lookup: factors of the halves, where there are any, come first
     Pass("replace", replace, rewrites=True),  # one operator per layer, whatever form the layer had
+    Pass("fold", fold, rewrites=True),  # while every layer is one operator with one order
+    Pass("group", group, rewrites=True),  # CPU only, after fold: what needs no gather any more is not gathered
     Pass("decompose", decompose, rewrites=True),  # CPU only, before Inductor: its weight packing is a graph pass
     Pass("tidy", tidy, rewrites=True),  # last: it erases what the others left without a reader
 )

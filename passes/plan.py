@@ -39,6 +39,7 @@ class LinearSite:
     folded   whether this is such a first half: it counts with the second
     rows     where its rows begin and end in factors that it shares with other layers; None where they are its own
     shares_pivots  whether the pivot rows it came with were counted with a layer before it
+    bias_taken  whether the graph holds the bias in another order, so that the layer's own must stay as it is
     """
 
     node: fx.Node
@@ -60,6 +61,7 @@ class LinearSite:
     folded: bool = False
     rows: tuple[int, int] | None = None
     shares_pivots: bool = False
+    bias_taken: bool = False
 
     @property
     def open(self) -> bool:
@@ -129,6 +131,8 @@ class Plan:
         for site in taken:
             if site.inner is not None:  # both biases were folded too
                 nodes += [site.inner.weight, site.inner.bias, site.bias]
+            elif site.bias_taken:
+                nodes.append(site.bias)
         return {node: values[node] for node in nodes if node is not None and isinstance(values.get(node), Tensor)}
 
     def skipped(self) -> tuple[tuple[str, str], ...]:

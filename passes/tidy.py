@@ -17,6 +17,7 @@ def tidy(gm: fx.GraphModule, context: Context) -> PassResult:
     ours = {node for s in replaced for node in (s.weight, s.row_order, *s.through)}
     for inner, outer in ((s.inner, s) for s in replaced if s.inner is not None):
         ours |= {inner.node, inner.weight, inner.bias, outer.bias, *inner.through}
+    ours |= {s.bias for s in replaced if s.bias_taken}
     ours |= {node for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).startswith("pifa_")}
     dead = 0
     for node in reversed(list(gm.graph.nodes)):

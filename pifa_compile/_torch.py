@@ -137,6 +137,11 @@ def size_hint(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
     return size.node.hint
 
 
+def unchecked_index() -> Callable[..., Tensor]:
+    """``x[index]`` without a check of its bounds; the index is a list of tensors and None, one per dimension."""
+    return torch.ops.aten._unsafe_index.Tensor
+
+
 def grouped_products() -> tuple[Callable[..., Any], ...]:
     """The functions that multiply groups of tokens with stacks of weights (experts), as Dynamo graphs show them."""
     candidates = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))

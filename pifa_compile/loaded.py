@@ -1,14 +1,17 @@
-"""The factors this process has loaded: every caller gets the same tensors."""
+"""The factors this process has loaded, and tensors made of them: every caller gets the same ones."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from pifa_compile.digest import digest
 from pifa_compile.factors import Factors, PifaFactors, factors_from_tensors
 from pifa_compile.store import LayerRecord, Store
 
@@ -26,8 +29,36 @@ def shared_factors(store: Store, record: LayerRecord, dtype: torch.dtype, device
             for gone in [known for known, other in _LOADED.items() if not other.alive]:
                 del _LOADED[gone]
             factors = store.factors(record).to(dtype=dtype, device=device)
+            if held is not None:  # a graph may have kept the coefficients, and pivot rows in another order
+                factors = replace(factors, **held.living())  # type: ignore[arg-type]
             _LOADED[key] = _Held(factors)
+            _CONTENT.update({t: (*key, name) for name, t in factors.tensors().items()})
         return factors
+
+
+def derived(label: str, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a tensor that ``label`` and the content of the sources determine; made once while somebody holds it.
+
+    So graphs that are compiled again share what the passes make of factors. It is an ordinary tensor also in
+    inference mode, and the sources need not be kept for it.
+    """
+    with _LOCK:
+        key = (label, *map(_content, sources))
+        ref = _DERIVED.get(key)
+        found = None if ref is None else ref()
+        if found is None:
+            for gone in [known for known, other in _DERIVED.items() if other() is None]:
+                del _DERIVED[gone]
+            with torch.inference_mode(False), torch.no_grad():
+                found = make()
+            _DERIVED[key], _CONTENT[found] = TensorWeakRef(found), key
+        return found
+
+
+def _content(tensor: Tensor) -> Hashable:
+    """What stands for the tensor's content: where it was loaded from, what it was derived from, else its digest."""
+    known = _CONTENT.get(tensor)
+    return known if known is not None else (digest(tensor), str(tensor.device))
 
 
 class _Held:
@@ -42,13 +73,17 @@ class _Held:
 
     @property
     def alive(self) -> bool:
-        return all(ref() is not None for ref in self._matrices.values())
+        return any(ref() is not None for ref in self._matrices.values())
+
+    def living(self) -> dict[str, Tensor]:
+        """The matrices that somebody holds, by name."""
+        return {name: t for name, ref in self._matrices.items() if (t := ref()) is not None}
 
     def get(self) -> Factors | None:
         """The factors, put together again from their matrices if need be; None if one of these is gone."""
         factors = self._factors()
         if factors is None:
-            found = {name: t for name, ref in self._matrices.items() if (t := ref()) is not None}
+            found = self.living()
             if len(found) == len(self._matrices):
                 factors = factors_from_tensors(found | self._rest, self._y_scale)
                 self._factors = weakref.ref(factors)
@@ -57,3 +92,5 @@ class _Held:
 
 _LOCK = threading.Lock()
 _LOADED: dict[tuple[str, str | None, torch.dtype, str], _Held] = {}
+_DERIVED: dict[Hashable, TensorWeakRef] = {}
+_CONTENT: MutableMapping[Tensor, Hashable] = WeakTensorKeyDictionary()

@@ -1,0 +1,212 @@
+"""Let the row order of a layer disappear where its readers can take the features in any order.
+
+    before   u = pifa::linear(x, P_u, C_u, order_u, b);   h = gelu(u); y = pifa::linear(h, P_d, C_d, order_d)
+    after    u = pifa::linear(x, P_u, C_u, 0..m-1, b[order_u]); h = gelu(u)
+             y = pifa::linear(h, P_d[:, order_u], C_d, order_d)
+
+Between the layers that write the m features and those that read them stand only operations on single features
+(activations, products, sums, casts), so one order of the features is as good as another: it moves into the columns of
+the readers, which is exact up to the order of a sum. Of several writers (gate and up) the first keeps its factors'
+order and needs no gather; the others are brought into it by one gather each, in place of their own.
+
+Not folded: the residual stream, which norms and the next blocks read in order; values of attention, as a head is a
+contiguous range of features over which a layer's pivots are spread; and prepared layers, which own their factors, so
+that a folded copy would be a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from pifa_compile import _torch
+from pifa_compile.factors import PairFactors, PifaFactors
+from pifa_compile.kernels import op
+from pifa_compile.loaded import derived
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of
+from pifa_compile.passes.replace import Buffers
+
+
+@dataclass
+class Region:
+    """Features in one order, by node: the layers that write them, the calls that read them, and all between."""
+
+    writers: dict[fx.Node, LinearSite] = field(default_factory=dict)
+    readers: dict[fx.Node, LinearSite] = field(default_factory=dict)
+    nodes: set[fx.Node] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The factored layers of a graph: by the node with the output, and by the call that reads the input."""
+
+    writing: Mapping[fx.Node, LinearSite]
+    reading: Mapping[fx.Node, LinearSite]
+
+
+def fold(gm: fx.GraphModule, context: Context) -> PassResult:
+    """Fold the order of every region of features that only factored layers write and read."""
+    sites = [s for s in context.plan.sites if s.factors is not None and not s.prepared]
+    layers = _Layers({s.node: s for s in sites}, {_reading(s): s for s in sites})
+    buffers, seen = Buffers(gm), set[fx.Node]()
+    skipped: list[tuple[str, str]] = []
+    matched = folded = 0
+    for site in sites:
+        if site.node in seen or site.node.target is not op.linear:
+            continue
+        matched += 1
+        region = Region()
+        reason = _grow(region, site.node, layers)
+        if reason is None:
+            _fold(region, site, buffers, context)
+            seen |= region.nodes
+            folded += 1
+        else:
+            skipped.append((site.name, reason))
+    return PassResult(matched, folded, tuple(skipped))
+
+
+def _reading(site: LinearSite) -> fx.Node:
+    """The call that reads the layer's input: of a pair, its first half."""
+    return site.node.all_input_nodes[0] if isinstance(site.factors, PairFactors) else site.node
+
+
+# --- what belongs together -------------------------------------------------------------------------------------------
+
+
+def _grow(region: Region, start: fx.Node, layers: _Layers) -> str | None:
+    """Fill the region with all that must have the order of ``start``; a reason if something in it needs its own."""
+    features = _features(start)
+    if features is None or features == 1:
+        return "no known number of features"
+    waiting = [start]
+    while waiting:
+        node = waiting.pop()
+        if node in region.nodes:
+            continue
+        region.nodes.add(node)
+        if _features(node) != features:
+            return f"{_name(node)} has another number of features"
+        if node in layers.writing:
+            region.writers[node] = layers.writing[node]
+        elif not _by_feature(node):
+            return f"{_name(node)} works on more than single features"
+        else:
+            waiting += [given for given in node.all_input_nodes if _features(given) != 1]
+        for user in node.users:
+            if user in layers.reading and _is_its_x(node, user):
+                region.readers[user] = layers.reading[user]
+            elif _features(user) == features:
+                waiting.append(user)
+            elif _name(user) not in _SIZES:
+                return f"{_name(user)} reads the features in their order"
+    return None if region.readers else "no factored layer reads the features"
+
+
+def _is_its_x(node: fx.Node, call: fx.Node) -> bool:
+    """Whether the call reads the node as its first argument and nowhere else."""
+    others = [a for a in (*call.args[1:], *call.kwargs.values()) if a is node]
+    return argument(call, 0, "x") is node and not others
+
+
+def _features(node: fx.Node) -> int | None:
+    """The size of the last dimension; 1 for a scalar, None where it is unknown or symbolic."""
+    value = _torch.fake_value(node)
+    if not isinstance(value, Tensor):
+        return 1 if isinstance(value, int | float | torch.SymInt) else None
+    size = value.shape[-1] if value.dim() else 1
+    return size if type(size) is int else None
+
+
+def _by_feature(node: fx.Node) -> bool:
+    """Whether feature i of the node's value depends on feature i of its inputs alone, whatever i is."""
+    if not node.op.startswith("call_"):
+        return False
+    name = _name(node)
+    if name == "dropout":
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return training is False
+    return name in BY_FEATURE
+
+
+def _name(node: fx.Node) -> str:
+    named = node.op.startswith("call_") and not isinstance(node.target, str)
+    return str(getattr(node.target, "__name__", node.target)) if named else str(node.target)
+
+
+_ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "pow", "neg", "square", "sqrt", "rsqrt", "abs", "exp", "erf"}
+_ARITHMETIC |= {"iadd", "isub", "imul", "itruediv"}
+_ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "mish"}
+_ACTIVATIONS |= {"hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "logsigmoid", "clamp"}
+_COPIES = {"to", "float", "half", "bfloat16", "contiguous", "clone", "detach"}
+_VIEWS = {"view", "reshape"}  # row-major, so that with the same last dimension every feature stays in its place
+BY_FEATURE = frozenset(_ARITHMETIC | _ACTIVATIONS | _COPIES | _VIEWS)
+_SIZES = frozenset({"size", "dim"})
+
+
+# --- the fold itself -------------------------------------------------------------------------------------------------
+
+
+def _fold(region: Region, first: LinearSite, buffers: Buffers, context: Context) -> None:
+    """Have every writer write row order[i] at place i, and every reader expect it there."""
+    assert isinstance(first.factors, PifaFactors)
+    order = first.factors.row_order
+    for site in region.writers.values():
+        _write_in(order, site, buffers, context)
+    for call, site in region.readers.items():
+        _read_in(order, call, site, buffers)
+
+
+def _write_in(order: Tensor, site: LinearSite, buffers: Buffers, context: Context) -> None:
+    node, factors = site.node, site.factors
+    bias = _reordered_bias(order, site, buffers, context)
+    if isinstance(factors, PifaFactors):
+        given = factors.row_order
+        place = derived("place", [given, order], lambda: torch.argsort(order)[given].to(torch.int32))
+        site.factors = replace(factors, row_order=place)
+        with in_place_of(node):
+            rows = buffers.get(place, "row_order")
+        node.args = (*node.args[:3], rows, bias, *node.args[5:])
+    elif isinstance(factors, PairFactors):
+        left = factors.left
+        site.factors = replace(factors, left=derived("rows", [left, order], lambda: left[order]))
+        with in_place_of(node):
+            rows = buffers.get(site.factors.left, "left")
+        node.args = (node.args[0], rows, bias)
+
+
+def _read_in(order: Tensor, call: fx.Node, site: LinearSite, buffers: Buffers) -> None:
+    factors = site.factors
+    assert factors is not None
+    name = "pivot_rows" if isinstance(factors, PifaFactors) else "right"
+    matrix = factors.tensors()[name]
+    columns = derived("columns", [matrix, order], lambda: matrix[:, order].contiguous())
+    site.factors = replace(factors, **{name: columns})  # type: ignore[arg-type]
+    with in_place_of(call):
+        given = buffers.get(columns, name)
+    call.args = (call.args[0], given, *call.args[2:])
+
+
+def _reordered_bias(order: Tensor, site: LinearSite, buffers: Buffers, context: Context) -> fx.Node | None:
+    """The layer's bias in the order: a buffer, or computed in the graph where it is no constant."""
+    node, factors = site.node, site.factors
+    assert factors is not None
+    old = argument(node, 4 if isinstance(factors, PifaFactors) else 2, "bias")
+    if old is None:
+        return None
+    value = factors.bias if factors.bias is not None else context.values.get(site.bias)  # type: ignore[arg-type]
+    constant = isinstance(value, Tensor) and not (torch.is_grad_enabled() and value.requires_grad)
+    with in_place_of(node) as graph:
+        if not constant:
+            return graph.call_function(torch.index_select, (old, 0, buffers.get(order, "order")))
+        with torch.inference_mode(False), torch.no_grad():
+            new = buffers.get(value.detach()[order].to(factors.dtype), "bias")  # type: ignore[union-attr]
+    if factors.bias is None:
+        site.bias_taken = True
+        node.replace_input_with(old, new)
+        if old.op == "call_method" and not old.users:  # a cast of the bias
+            node.graph.erase_node(old)
+    return new
