@@ -16,6 +16,7 @@ that a folded copy would be a second one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -50,7 +51,9 @@ class _Layers:
 def fold(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fold the order of every region of features that only factored layers write and read."""
     sites = [s for s in context.plan.sites if s.factors is not None and not s.prepared]
-    layers = _Layers({s.node: s for s in sites}, {_reading(s): s for s in sites})
+    calls = Counter(s.weight for s in sites)
+    once = [s for s in sites if s.weight is None or calls[s.weight] == 1]  # others would need a copy for each order
+    layers = _Layers({s.node: s for s in sites}, {_reading(s): s for s in once})
     buffers, seen = Buffers(gm), set[fx.Node]()
     skipped: list[tuple[str, str]] = []
     matched = folded = 0
@@ -99,7 +102,7 @@ def _grow(region: Region, start: fx.Node, layers: _Layers) -> str | None:
         for user in node.users:
             if user in layers.reading and _is_its_x(node, user):
                 region.readers[user] = layers.reading[user]
-            elif _features(user) == features:
+            elif _features(user) == features and user not in layers.writing:
                 waiting.append(user)
             elif _name(user) not in _SIZES:
                 return f"{_name(user)} reads the features in their order"
@@ -141,6 +144,7 @@ _ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "pow", "neg", "square", "s
 _ARITHMETIC |= {"iadd", "isub", "imul", "itruediv"}
 _ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "mish"}
 _ACTIVATIONS |= {"hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "logsigmoid", "clamp"}
+_ACTIVATIONS |= {f"{name}_" for name in _ARITHMETIC | _ACTIVATIONS}
 _COPIES = {"to", "float", "half", "bfloat16", "contiguous", "clone", "detach"}
 _VIEWS = {"view", "reshape"}  # row-major, so that with the same last dimension every feature stays in its place
 BY_FEATURE = frozenset(_ARITHMETIC | _ACTIVATIONS | _COPIES | _VIEWS)

@@ -23,6 +23,7 @@ def tidy(gm: fx.GraphModule, context: Context) -> PassResult:
     for node in reversed(list(gm.graph.nodes)):
         if node in ours and not node.users:
             gm.graph.erase_node(node)
+            node.meta.pop("example_value", None)  # whoever still knows the node must not hold its tensor
             dead += 1
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     for name in [n for n, _ in gm.named_buffers() if n.startswith("pifa_") and n not in read]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import pifa_compile
-from pifa_compile import Svd, loaded
-from pifa_compile.backend import make_context
+from pifa_compile import Svd, backend, loaded
 from pifa_compile.factors import PairFactors, PifaFactors
 from pifa_compile.kernels import op
-from pifa_compile.passes import fold as fold_pass
-from pifa_compile.passes.pipeline import PIPELINE
+from pifa_compile.passes import pipeline
+from pifa_compile.passes.fold import fold
 
 GATHER = torch.ops.aten._unsafe_index.Tensor
+HALF = torch.tensor(0.5)
 
 
 class Mlp(nn.Module):
@@ -45,13 +46,13 @@ def run(model, *inputs, recipe=None, grad=False, **options):
     pifa_compile.compress(model, recipe or Svd(density=0.6, rank_multiple=1), progress=False)
     seen = []
 
-    def backend(gm, example_inputs):
+    def recording(gm, example_inputs):
         compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager", **options})
         seen.append(gm)
         return compiled
 
     with torch.set_grad_enabled(grad):
-        y = torch.compile(model, backend=backend)(*inputs)
+        y = torch.compile(model, backend=recording)(*inputs)
     return y, seen[-1].graph
 
 
@@ -74,7 +75,7 @@ def gathers(graph):
         lambda h: h.view(-1, h.shape[-1]).relu().view(h.shape),
         lambda h: h.relu_(),
         lambda h: F.silu(h) + h / 2,
-        lambda h: h * h.new_full((1,), 0.5),
+        lambda h: h * HALF,
     ],
 )
 def test_the_order_moves_through_operations_on_single_features(between, relative):
@@ -124,58 +125,21 @@ def test_of_gate_and_up_one_is_gathered_into_the_order_of_the_other(relative):
     assert relative(y, exact(model)(x.double())) < 1e-6
 
 
-def test_a_pair_on_either_side_takes_the_order_too(relative):
+def test_a_pair_on_either_side_takes_the_order_too(monkeypatch, relative):
     model, x = Gated(), torch.randn(2, 5, 24)
-    recipe = Svd(density=0.6, rank_multiple=1)
-    report = pifa_compile.compress(model, recipe, progress=False)
-    del report
-    context, graph, factors = captured(model, x)
-    up, down = (next(s for s in context.plan.sites if s.name == name) for name in ("up", "down"))
-    assert isinstance(up.factors, PairFactors) and isinstance(down.factors, PairFactors)
-    wanted = float64(model, x, factors)
-    assert relative(graph, wanted) < 1e-6
+    loaded_factors = backend.shared_factors
 
-
-def captured(model, x):
-    """The graph after ``fold`` run on x, where up and down are pairs; with the factors as they were before."""
-    from pifa_compile.backend import factor_pairs, find_run
-    from pifa_compile.options import resolve
-
-    found = {}
-
-    def backend(gm, example_inputs):
-        settings = resolve(None, {})
-        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        context = make_context(settings, values, find_run, factor_pairs)
-        load = context.load
-
-        def as_pair(record, like):
-            factors = load(record, like)
-            if record.name != "gate":
-                left = factors.weight(torch.float32) @ torch.linalg.pinv(factors.pivot_rows)
-                factors = PairFactors(left, factors.pivot_rows.clone())
-            found[record.name] = factors
+    def as_pair(store, record, *where):
+        factors = loaded_factors(store, record, *where)
+        if record.name == "gate":
             return factors
+        left = factors.weight() @ torch.linalg.pinv(factors.pivot_rows.double())
+        return PairFactors(left.float(), factors.pivot_rows)
 
-        object.__setattr__(context, "load", as_pair)
-        for step in PIPELINE:
-            if step.name in ("group", "decompose"):
-                continue
-            step.run(gm, context)
-        gm.recompile()
-        found["context"] = context
-        kept = gm.graph.find_nodes(op="placeholder")
-        return lambda *given: gm.forward(*[values[node] for node in kept])
-
-    with torch.no_grad():
-        y = torch.compile(model, backend=backend)(x)
-    return found.pop("context"), y, found
-
-
-def float64(model, x, factors):
-    g, u, d = (factors[name].weight() for name in ("gate", "up", "down"))
-    h = F.silu(x.double() @ g.T + model.gate.bias.double()) * (x.double() @ u.T + model.up.bias.double())
-    return h @ d.T
+    monkeypatch.setattr(backend, "shared_factors", as_pair)
+    y, graph = run(model, x)
+    assert gathers(graph) == 0  # neither gate, whose order the others take, nor the pairs
+    assert relative(y, exact(model)(x.double())) < 1e-5
 
 
 def test_a_bias_that_changes_is_not_served_stale(relative):
@@ -192,7 +156,7 @@ def test_a_bias_that_changes_is_not_served_stale(relative):
 
 def test_a_bias_that_wants_a_gradient_gets_it():
     model, x = Mlp(torch.relu), torch.randn(3, 24)
-    y, graph = run(model, x, grad=True, allow_grad=True)
+    y, _ = run(model, x, grad=True, allow_grad=True)
     y.square().sum().backward()
     assert model.up.bias.grad is not None
     found = model.up.bias.grad.clone()
@@ -209,13 +173,13 @@ def test_a_prepared_layer_keeps_its_order():
     prepared = pifa_compile.apply_(model)
     seen = []
 
-    def backend(gm, example_inputs):
+    def recording(gm, example_inputs):
         compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager"})
         seen.append(gm)
         return compiled
 
     with torch.no_grad():
-        y = torch.compile(prepared, backend=backend)(x)
+        y = torch.compile(prepared, backend=recording)(x)
         assert torch.allclose(y, prepared(x), atol=1e-6)
     assert gathers(seen[0].graph) == 2
 
@@ -225,12 +189,12 @@ def test_graphs_compiled_again_share_what_was_folded():
     buffers = []
     pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), progress=False)
 
-    def backend(gm, example_inputs):
+    def recording(gm, example_inputs):
         compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager"})
         buffers.append({t.data_ptr() for _, t in gm.named_buffers() if t.dim() == 2})
         return compiled
 
-    compiled = torch.compile(model, backend=backend, dynamic=False)
+    compiled = torch.compile(model, backend=recording, dynamic=False)
     with torch.no_grad():
         compiled(torch.randn(2, 24))
         compiled(torch.randn(3, 24))
@@ -238,8 +202,6 @@ def test_graphs_compiled_again_share_what_was_folded():
 
 
 def test_bfloat16_and_autocast(relative):
-    model, x = Gated(), torch.randn(4, 24)
-    wanted = None
     for half in (False, True):
         torch.compiler.reset()
         model = Gated().bfloat16() if half else Gated()
@@ -251,7 +213,7 @@ def test_bfloat16_and_autocast(relative):
         assert relative(y, wanted) < 3e-2
 
 
-def test_the_permutation_is_exact(monkeypatch):
+def test_the_permutation_is_exact():
     """Integers leave nothing to rounding: the folded graph gives the very numbers of the unfolded one."""
     torch.manual_seed(3)
     n, inner, r = 8, 12, 4
@@ -271,25 +233,29 @@ def test_the_permutation_is_exact(monkeypatch):
     assert torch.equal(op.reference(folded, down.pivot_rows[:, order], down.coefficients, down.row_order), wanted)
 
 
-def test_reasons_are_told(tmp_path):
-    model, x = Mlp(lambda h: torch.softmax(h, -1)), torch.randn(2, 24)
-    results = {}
-    original = fold_pass.fold
+def test_reasons_are_told(monkeypatch):
+    results = []
 
     def spy(gm, context):
-        results["fold"] = original(gm, context)
-        return results["fold"]
+        results.append(fold(gm, context))
+        return results[-1]
 
-    steps = tuple(type(s)(s.name, spy, s.rewrites) if s.name == "fold" else s for s in PIPELINE)
-    from pifa_compile.passes import pipeline
+    steps = tuple(replace(step, run=spy) if step.name == "fold" else step for step in pipeline.PIPELINE)
+    monkeypatch.setattr(pipeline, "PIPELINE", steps)
+    run(Mlp(lambda h: torch.softmax(h, -1)), torch.randn(2, 24))
+    assert results[0].changed == 0
+    assert dict(results[0].skipped)["up"].startswith("softmax")
 
-    before, pipeline.PIPELINE = pipeline.PIPELINE, steps
-    try:
-        run(model, x)
-    finally:
-        pipeline.PIPELINE = before
-    assert results["fold"].changed == 0
-    assert dict(results["fold"].skipped)["up"].startswith("softmax")
+
+def test_a_layer_that_is_called_twice_keeps_one_set_of_columns(relative):
+    class Twice(Mlp):
+        def forward(self, x):
+            return self.up(torch.relu(self.up(x)))
+
+    model, x = Twice(None, 24, 24), torch.randn(2, 24)
+    y, graph = run(model, x)
+    assert gathers(graph) == 2
+    assert relative(y, exact(model)(x.double())) < 1e-6
 
 
 def test_derived_tensors_are_made_once_and_let_go():
@@ -309,7 +275,7 @@ def test_derived_tensors_are_made_once_and_let_go():
 
 
 def test_a_dump_shows_the_fold(tmp_path):
-    run(Gated(), torch.randn(2, 24), dump=tmp_path)
-    (folder,) = tmp_path.iterdir()
+    run(Gated(), torch.randn(2, 24), dump=tmp_path / "dump")
+    (folder,) = (tmp_path / "dump").iterdir()
     assert "aten._unsafe_index" not in (folder / "fold.after.py").read_text()
     assert json.loads((folder / "linears.json").read_text())["linears"][0]["state"] == "pifa"
