@@ -14,13 +14,18 @@ without its bounds check, 0.17 in groups of 16, where the two products take 7.6 
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
 from pifa_compile.kernels import op
-from pifa_compile.passes.plan import Context, PassResult, argument, cast, in_place_of, take_place
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, cast, in_place_of, take_place
 from pifa_compile.passes.replace import Buffers, output_dtype
 
 #: Sizes of aligned groups of output rows, largest first, that are gathered as one.
@@ -30,18 +35,19 @@ GROUPS = (32, 16, 8)
 def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
     """Spell out every replaced site whose factors are on the CPU; other devices keep the operator for its lowering."""
     buffers = Buffers(gm)
-    replaced = [s for s in context.plan.sites if isinstance(s.factors, PifaFactors) and s.node.target is op.linear]
-    chosen = [s for s in replaced if s.factors is not None and s.factors.device.type == "cpu"]
-    spelled: dict[fx.Node, fx.Node] = {}  # layers that share factors share the node that applies them
-    for site in chosen:
-        assert isinstance(site.factors, PifaFactors)
-        if site.node not in spelled:
-            spelled[site.node] = _spell_out(site.node, site.factors, buffers)
-        site.node = spelled[site.node]
-    return PassResult(len(replaced), len(chosen))
+    families: dict[fx.Node, list[LinearSite]] = {}  # layers that share factors share the node that applies them
+    for site in context.plan.sites:
+        if isinstance(site.factors, PifaFactors) and site.node.target is op.linear:
+            families.setdefault(site.node, []).append(site)
+    chosen = [sites for sites in families.values() if (f := sites[0].factors) is not None and f.device.type == "cpu"]
+    for sites in chosen:
+        _spell_out(sites, buffers)
+    return PassResult(len(families), len(chosen))
 
 
-def _spell_out(old: fx.Node, factors: PifaFactors, buffers: Buffers) -> fx.Node:
+def _spell_out(sites: Sequence[LinearSite], buffers: Buffers) -> None:
+    old, factors = sites[0].node, sites[0].factors
+    assert isinstance(factors, PifaFactors)
     x, pivot_rows, coefficients, bias = (argument(old, i, name) for i, name in _TENSORS)
     assert x is not None and pivot_rows is not None and coefficients is not None
     linear = _torch.linear_function()
@@ -57,9 +63,7 @@ def _spell_out(old: fx.Node, factors: PifaFactors, buffers: Buffers) -> fx.Node:
             y_np = graph.call_function(linear, (y_p, coefficients))
         else:
             y_p, y_np = _mixed(graph, (x, pivot_rows, coefficients), factors, dtype)
-        y = assemble(graph, y_p, y_np, factors, bias, rank_of(old), buffers)
-    take_place(y, old)
-    return y
+    write_output(sites, y_p, y_np, bias, buffers)
 
 
 _TENSORS = ((0, "x"), (1, "pivot_rows"), (2, "coefficients"), (4, "bias"))
@@ -78,40 +82,108 @@ def _mixed(
     return graph.call_method("to", (accumulated, dtype)), graph.call_method("to", (y_np, dtype))
 
 
-def assemble(
-    graph: fx.Graph,
-    y_p: fx.Node,
-    y_np: fx.Node,
-    factors: PifaFactors,
-    bias: fx.Node | None,
-    dimensions: int | None,
-    buffers: Buffers,
-) -> fx.Node:
-    """The layer's output: [y_p, y_np] in the order of the output rows, plus the bias.
+# --- the output in its order -----------------------------------------------------------------------------------------
 
-    dimensions  of the output, None where it is not known
+
+def write_output(
+    sites: Sequence[LinearSite], y_p: fx.Node, y_np: fx.Node, bias: fx.Node | None, buffers: Buffers
+) -> None:
+    """Let [y_p, y_np] in the order of the output rows, plus the bias, take the place of the sites' node.
+
+    Layers with shared factors have one node, and read their rows out of it by ``narrow``. Each then is put together by
+    itself, of slices: the pivots of one layer stand side by side, and so do its other rows.
     """
-    y = y_p
-    if factors.coefficients.shape[0]:
-        y = graph.call_function(torch.cat, ([y_p, y_np], -1))
-    if not in_order(factors):
-        group = group_size(factors.gather_order)
+    old, factors = sites[0].node, sites[0].factors
+    assert isinstance(factors, PifaFactors)
+    whole = _Rows(y_p, y_np, factors.gather_order, factors.rank)
+    dimensions = dimensions_of(old) or dimensions_of(old.all_input_nodes[0])
+    parts = {user: part for user in old.users if (part := _part_read_by(user, whole)) is not None}
+    if bias is None and len(parts) == len(old.users):
+        for user, part in parts.items():
+            with in_place_of(user) as graph:
+                y = _in_order(graph, part.sliced(graph), None, dimensions, buffers)
+            for site in sites:
+                if site.rows == (user.args[2], user.args[2] + user.args[3]):  # type: ignore[operator]
+                    site.node = y
+            take_place(y, user)
+        old.graph.erase_node(old)
+    else:
+        with in_place_of(old) as graph:
+            y = _in_order(graph, whole, bias, dimensions, buffers)
+        for site in sites:
+            site.node = y
+        take_place(y, old)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Output rows of a layer: row j is at place positions[j] of [y_p, y_np], where y_p has the first r places.
+
+    taken  where the rows begin and end in y_p and in y_np, if they do not fill them
+    """
+
+    y_p: fx.Node
+    y_np: fx.Node
+    positions: Tensor
+    r: int
+    taken: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def sliced(self, graph: fx.Graph) -> _Rows:
+        """The same with slices of y_p and y_np that the rows fill."""
+        if self.taken is None:
+            return self
+        y_p, y_np = (last_features(graph, y, *ends) for y, ends in zip((self.y_p, self.y_np), self.taken, strict=True))
+        return _Rows(y_p, y_np, self.positions, self.r)
+
+
+def _part_read_by(user: fx.Node, whole: _Rows) -> _Rows | None:
+    """The rows that a ``narrow`` takes, if they stand side by side in y_p and in y_np."""
+    if user.op != "call_method" or user.target != "narrow" or user.args[1] != -1:
+        return None
+    start, length = user.args[2:4]
+    if not (isinstance(start, int) and isinstance(length, int)):
+        return None
+    positions = whole.positions[start : start + length]
+    in_p, in_np = positions[positions < whole.r], positions[positions >= whole.r]
+    if not len(in_p) or not len(in_np):
+        return None
+    first, other = int(in_p.min()), int(in_np.min())
+    if int(in_p.max()) - first + 1 != len(in_p) or int(in_np.max()) - other + 1 != len(in_np):
+        return None
+    local = torch.where(positions < whole.r, positions - first, positions - other + len(in_p))
+    ends = (first, first + len(in_p)), (other - whole.r, other - whole.r + len(in_np))
+    return _Rows(whole.y_p, whole.y_np, local, len(in_p), ends)
+
+
+def last_features(graph: fx.Graph, y: fx.Node, start: int, stop: int) -> fx.Node:
+    """Features ``start`` to ``stop`` of y, a view."""
+    part: Any = (Ellipsis, slice(start, stop))
+    return graph.call_function(operator.getitem, (y, part))
+
+
+def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: int | None, buffers: Buffers) -> fx.Node:
+    """[y_p, y_np] with its features in the order of the rows, plus the bias; ``dimensions`` of it, None if unknown."""
+    y, positions = rows.y_p, rows.positions
+    if positions.shape[0] > rows.r:
+        y = graph.call_function(torch.cat, ([rows.y_p, rows.y_np], -1))
+    if not is_ascending(positions):
+        group = group_size(positions)
         if group > 1:
-            groups = buffers.get((factors.gather_order[::group] // group).contiguous(), "group_order")
+            groups = buffers.get((positions[::group] // group).contiguous(), "group_order")
             y = graph.call_method("unflatten", (y, -1, (-1, group)))
             y = graph.call_function(torch.index_select, (y, -2, groups))
             y = graph.call_method("flatten", (y, -2))
         elif dimensions is not None:
-            index = [None] * (dimensions - 1) + [buffers.get(factors.gather_order, "gather_order")]
+            index = [None] * (dimensions - 1) + [buffers.get(positions, "gather_order")]
             y = graph.call_function(_torch.unchecked_index(), (y, index))
         else:
-            y = graph.call_function(torch.index_select, (y, -1, buffers.get(factors.gather_order, "gather_order")))
+            y = graph.call_function(torch.index_select, (y, -1, buffers.get(positions, "gather_order")))
     return y if bias is None else graph.call_function(torch.add, (y, bias))
 
 
-def in_order(factors: PifaFactors) -> bool:
+def is_ascending(positions: Tensor) -> bool:
     """Whether the output rows already stand in their order, so that nothing need be gathered."""
-    return bool((factors.gather_order[1:] > factors.gather_order[:-1]).all())
+    return bool((positions[1:] > positions[:-1]).all())
 
 
 def group_size(positions: Tensor) -> int:
@@ -126,7 +198,7 @@ def group_size(positions: Tensor) -> int:
     return 1
 
 
-def rank_of(node: fx.Node) -> int | None:
+def dimensions_of(node: fx.Node) -> int | None:
     """The number of dimensions of the node's value, None where it is not known."""
     value = _torch.fake_value(node)
     return value.dim() if isinstance(value, Tensor) else None

@@ -7,7 +7,8 @@
 Between the layers that write the m features and those that read them stand only operations on single features
 (activations, products, sums, casts), so one order of the features is as good as another: it moves into the columns of
 the readers, which is exact up to the order of a sum. Of several writers (gate and up) the first keeps its factors'
-order and needs no gather; the others are brought into it by one gather each, in place of their own.
+order and needs no gather; the others are brought into it by one gather each, in place of their own. Layers that were
+factored together are such writers too: each is a range of rows of one operator, and its order is that of its range.
 
 Not folded: the residual stream, which norms and the next blocks read in order; values of attention, as a head is a
 contiguous range of features over which a layer's pivots are spread; and prepared layers, which own their factors, so
@@ -17,7 +18,7 @@ that a folded copy would be a second one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,11 +32,28 @@ from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, 
 from pifa_compile.passes.replace import Buffers
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A layer that writes features: rows ``start`` to ``stop`` of what the operator of the sites writes."""
+
+    sites: tuple[LinearSite, ...]
+    start: int
+    stop: int
+
+    @property
+    def order(self) -> Tensor:
+        """Entry i is the feature at place i of [pivots, others] of the rows."""
+        factors = self.sites[0].factors
+        assert isinstance(factors, PifaFactors)
+        rows = factors.row_order
+        return rows[(rows >= self.start) & (rows < self.stop)] - self.start
+
+
 @dataclass
 class Region:
     """Features in one order, by node: the layers that write them, the calls that read them, and all between."""
 
-    writers: dict[fx.Node, LinearSite] = field(default_factory=dict)
+    writers: dict[fx.Node, Writer] = field(default_factory=dict)
     readers: dict[fx.Node, LinearSite] = field(default_factory=dict)
     nodes: set[fx.Node] = field(default_factory=set)
 
@@ -44,7 +62,7 @@ class Region:
 class _Layers:
     """The factored layers of a graph: by the node with the output, and by the call that reads the input."""
 
-    writing: Mapping[fx.Node, LinearSite]
+    writing: Mapping[fx.Node, Writer]
     reading: Mapping[fx.Node, LinearSite]
 
 
@@ -53,23 +71,36 @@ def fold(gm: fx.GraphModule, context: Context) -> PassResult:
     sites = [s for s in context.plan.sites if s.factors is not None and not s.prepared]
     calls = Counter(s.weight for s in sites)
     once = [s for s in sites if s.weight is None or calls[s.weight] == 1]  # others would need a copy for each order
-    layers = _Layers({s.node: s for s in sites}, {_reading(s): s for s in once})
+    writing = {node: writer for s in sites if (shown := _writing(s, sites)) for node, writer in shown.items()}
+    layers = _Layers(writing, {_reading(s): s for s in once if s.rows is None})
     buffers, seen = Buffers(gm), set[fx.Node]()
     skipped: list[tuple[str, str]] = []
     matched = folded = 0
-    for site in sites:
-        if site.node in seen or site.node.target is not op.linear:
+    for node, writer in writing.items():
+        if node in seen or not isinstance(writer.sites[0].factors, PifaFactors):
             continue
         matched += 1
         region = Region()
-        reason = _grow(region, site.node, layers)
+        reason = _grow(region, node, layers)
         if reason is None:
-            _fold(region, site, buffers, context)
+            _fold(region, writer.order, buffers, context)
             seen |= region.nodes
             folded += 1
         else:
-            skipped.append((site.name, reason))
+            skipped.append((writer.sites[0].name, reason))
     return PassResult(matched, folded, tuple(skipped))
+
+
+def _writing(site: LinearSite, sites: Sequence[LinearSite]) -> dict[fx.Node, Writer]:
+    """The node with the layer's own output: its operator, or what reads its rows out of one that it shares."""
+    if site.rows is None:
+        m = site.factors.shape[0] if site.factors is not None else 0
+        return {site.node: Writer((site,), 0, m)}
+    start, stop = site.rows
+    sharing = tuple(other for other in sites if other.node is site.node)
+    own = [user for user in site.node.users if user.target == "narrow" and user.args[1:] == (-1, start, stop - start)]
+    pivoted = isinstance(site.factors, PifaFactors) and site.node.target is op.linear
+    return {user: Writer(sharing, start, stop) for user in own[:1]} if pivoted and len(own) == 1 else {}
 
 
 def _reading(site: LinearSite) -> fx.Node:
@@ -154,23 +185,23 @@ _SIZES = frozenset({"size", "dim"})
 # --- the fold itself -------------------------------------------------------------------------------------------------
 
 
-def _fold(region: Region, first: LinearSite, buffers: Buffers, context: Context) -> None:
-    """Have every writer write row order[i] at place i, and every reader expect it there."""
-    assert isinstance(first.factors, PifaFactors)
-    order = first.factors.row_order
-    for site in region.writers.values():
-        _write_in(order, site, buffers, context)
+def _fold(region: Region, order: Tensor, buffers: Buffers, context: Context) -> None:
+    """Have every writer write feature order[i] at place i, and every reader expect it there."""
+    for writer in region.writers.values():
+        _write_in(order, writer, buffers, context)
     for call, site in region.readers.items():
         _read_in(order, call, site, buffers)
 
 
-def _write_in(order: Tensor, site: LinearSite, buffers: Buffers, context: Context) -> None:
+def _write_in(order: Tensor, writer: Writer, buffers: Buffers, context: Context) -> None:
+    site, start, stop = writer.sites[0], writer.start, writer.stop
     node, factors = site.node, site.factors
-    bias = _reordered_bias(order, site, buffers, context)
+    bias = _reordered_bias(order, writer, buffers, context)
     if isinstance(factors, PifaFactors):
         given = factors.row_order
-        place = derived("place", [given, order], lambda: torch.argsort(order)[given].to(torch.int32))
-        site.factors = replace(factors, row_order=place)
+        place = derived(f"places {start} {stop}", [given, order], lambda: _places(given, order, start, stop))
+        for sharing in writer.sites:
+            sharing.factors = replace(factors, row_order=place)
         with in_place_of(node):
             rows = buffers.get(place, "row_order")
         node.args = (*node.args[:3], rows, bias, *node.args[5:])
@@ -180,6 +211,14 @@ def _write_in(order: Tensor, site: LinearSite, buffers: Buffers, context: Contex
         with in_place_of(node):
             rows = buffers.get(site.factors.left, "left")
         node.args = (node.args[0], rows, bias)
+
+
+def _places(given: Tensor, order: Tensor, start: int, stop: int) -> Tensor:
+    """The row order ``given``, with what was row ``start + order[i]`` now at ``start + i``."""
+    inside = (given >= start) & (given < stop)
+    place = torch.argsort(order)
+    moved = start + place[(given - start).clamp(0, stop - start - 1).to(torch.int64)]
+    return torch.where(inside, moved, given.to(torch.int64)).to(torch.int32)
 
 
 def _read_in(order: Tensor, call: fx.Node, site: LinearSite, buffers: Buffers) -> None:
@@ -194,8 +233,9 @@ def _read_in(order: Tensor, call: fx.Node, site: LinearSite, buffers: Buffers) -
     call.args = (call.args[0], given, *call.args[2:])
 
 
-def _reordered_bias(order: Tensor, site: LinearSite, buffers: Buffers, context: Context) -> fx.Node | None:
-    """The layer's bias in the order: a buffer, or computed in the graph where it is no constant."""
+def _reordered_bias(order: Tensor, writer: Writer, buffers: Buffers, context: Context) -> fx.Node | None:
+    """The operator's bias with that of the layer in the order: a buffer, or computed where it is no constant."""
+    site = writer.sites[0]
     node, factors = site.node, site.factors
     assert factors is not None
     old = argument(node, 4 if isinstance(factors, PifaFactors) else 2, "bias")
@@ -203,11 +243,13 @@ def _reordered_bias(order: Tensor, site: LinearSite, buffers: Buffers, context: 
         return None
     value = factors.bias if factors.bias is not None else context.values.get(site.bias)  # type: ignore[arg-type]
     constant = isinstance(value, Tensor) and not (torch.is_grad_enabled() and value.requires_grad)
+    index = torch.arange(factors.shape[0], device=order.device)
+    index[writer.start : writer.stop] = writer.start + order
     with in_place_of(node) as graph:
         if not constant:
-            return graph.call_function(torch.index_select, (old, 0, buffers.get(order, "order")))
+            return graph.call_function(torch.index_select, (old, 0, buffers.get(index, "order")))
         with torch.inference_mode(False), torch.no_grad():
-            new = buffers.get(value.detach()[order].to(factors.dtype), "bias")  # type: ignore[union-attr]
+            new = buffers.get(value.detach()[index].to(factors.dtype), "bias")  # type: ignore[union-attr]
     if factors.bias is None:
         site.bias_taken = True
         node.replace_input_with(old, new)

@@ -6,7 +6,7 @@
 
 Ranks may differ. The pivot rows are put together once and shared by all graphs of the process; they take the place of
 the separate ones, which nobody holds any more, so memory stays as it was. That is not so for prepared layers, which own
-their factors: these stay apart. Layers that were factored together come as one operator and need none of this.
+their factors: these stay apart. Layers that were factored together come as one operator, which is one sibling.
 
 It saves calls, so it pays where calls cost most. q, k, v of width 384 at rank 112, float32, two cores, of the time of
 dense: 0.95 apart and 0.85 grouped for one token, 0.86 and 0.81 for 16, 0.71 and 0.70 for 64.
@@ -14,9 +14,7 @@ dense: 0.95 apart and 0.85 grouped for one token, 0.86 and 0.81 for 16, 0.71 and
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -25,24 +23,33 @@ from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
 from pifa_compile.kernels import op
 from pifa_compile.loaded import derived
-from pifa_compile.passes.decompose import assemble, rank_of
-from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of, take_place
+from pifa_compile.passes.decompose import last_features, write_output
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of
 from pifa_compile.passes.replace import Buffers, output_dtype
 
 
 def group(gm: fx.GraphModule, context: Context) -> PassResult:
     """Spell out all siblings of the graph with one first product; layers without a sibling stay as they are."""
     buffers = Buffers(gm)
-    families: dict[tuple[fx.Node, torch.dtype], list[LinearSite]] = {}
+    operators: dict[fx.Node, list[LinearSite]] = {}
     for site in context.plan.sites:
         factors = site.factors
         if isinstance(factors, PifaFactors) and not site.prepared and _can_join(site, factors):
-            source = _source(site.node.all_input_nodes[0])
-            families.setdefault((source, factors.dtype), []).append(site)
-    siblings = [family for family in families.values() if len(family) > 1 and not _written_between(family)]
-    for family in siblings:
-        _join(family, buffers)
+            operators.setdefault(site.node, []).append(site)
+    families: dict[tuple[fx.Node, torch.dtype], list[Sequence[LinearSite]]] = {}
+    for node, sites in operators.items():
+        families.setdefault((_source(node.all_input_nodes[0]), _factors(sites).dtype), []).append(sites)
+    siblings = [found for found in families.values() if len(found) > 1 and not _written_between(found)]
+    for found in siblings:
+        _join(found, buffers)
     return PassResult(len(families), len(siblings))
+
+
+def _factors(sites: Sequence[LinearSite]) -> PifaFactors:
+    """The factors that the sites of one operator share."""
+    factors = sites[0].factors
+    assert isinstance(factors, PifaFactors)
+    return factors
 
 
 def _can_join(site: LinearSite, factors: PifaFactors) -> bool:
@@ -55,9 +62,9 @@ def _source(x: fx.Node) -> fx.Node:
     return x.all_input_nodes[0] if x.op == "call_method" and x.target == "to" and len(x.all_input_nodes) == 1 else x
 
 
-def _written_between(family: Sequence[LinearSite]) -> bool:
+def _written_between(family: Sequence[Sequence[LinearSite]]) -> bool:
     """Whether anything is changed in place between the first sibling and the last: it might be what they read."""
-    node, last = family[0].node, family[-1].node
+    node, last = family[0][0].node, family[-1][0].node
     while node is not last:
         name = str(getattr(node.target, "__name__", node.target))
         inplace = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
@@ -70,26 +77,22 @@ def _written_between(family: Sequence[LinearSite]) -> bool:
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
 
 
-def _join(family: Sequence[LinearSite], buffers: Buffers) -> None:
-    """Write the siblings in place of the first one, whose input is there when they are first needed."""
+def _join(family: Sequence[Sequence[LinearSite]], buffers: Buffers) -> None:
+    """Write the first product in place of the first sibling: what they read is there when that is first needed."""
     linear = _torch.linear_function()
-    first = family[0].node
-    x = first.all_input_nodes[0]
-    together = [site.factors for site in family if isinstance(site.factors, PifaFactors)]
-    parts = [factors.pivot_rows for factors in together]
+    first = family[0][0].node
+    parts = [_factors(sites).pivot_rows for sites in family]
     with in_place_of(first) as graph:
         rows = buffers.get(derived("stacked", parts, lambda: torch.cat(parts)), "pivot_rows")
-        y_p = graph.call_function(linear, (x, rows))
+        y_p = graph.call_function(linear, (first.all_input_nodes[0], rows))
     start = 0
-    for site, factors in zip(family, together, strict=True):
-        old = site.node
+    for sites in family:
+        old, factors = sites[0].node, _factors(sites)
         coefficients, bias = argument(old, 2, "coefficients"), argument(old, 4, "bias")
         assert coefficients is not None
         stop = start + factors.rank
         with in_place_of(old) as graph:
-            part: Any = (Ellipsis, slice(start, stop))
-            own = graph.call_function(operator.getitem, (y_p, part))
+            own = last_features(graph, y_p, start, stop)
             y_np = graph.call_function(linear, (own, coefficients))
-            y = assemble(graph, own, y_np, factors, bias, rank_of(old), buffers)
-        take_place(y, old)
-        site.node, start = y, stop
+        write_output(sites, own, y_np, bias, buffers)
+        start = stop

@@ -18,6 +18,8 @@ HEADERS = {
     "numbers_after": "kept",
     "density": "density",
     "flop_after": "FLOP/token",
+    "ms_before": "ms dense",
+    "ms_after": "ms predicted",
     "error": "error",
     "reason": "why not",
     "source": "source",
@@ -66,7 +68,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def render_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as a text table; columns that say nothing are left out."""
-    shown = [{key: _cell(key, row[key]) for key in HEADERS} for row in rows]
+    shown = [{key: _cell(key, row.get(key)) for key in HEADERS} for row in rows]
     kept = [key for key in HEADERS if any(row[key] for row in shown)]
     body = [[row[key] for key in kept] for row in shown]
     align = ["right" if key in _RIGHT else "left" for key in kept]
@@ -74,7 +76,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
     return tabulate(body, headers, "simple", disable_numparse=True, colalign=align if body else None)
 
 
-_RIGHT = {"rank", "numbers_before", "numbers_after", "density", "flop_after", "error"}
+_RIGHT = {"rank", "numbers_before", "numbers_after", "density", "flop_after", "ms_before", "ms_after", "error"}
 
 
 def _cell(key: str, value: Any) -> str:
@@ -86,6 +88,8 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:.3f}"
     if key == "error":
         return f"{value:.1e}"
+    if key in ("ms_before", "ms_after"):
+        return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -51,6 +51,14 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
     return compiled
 
 
+def freezing(on: bool) -> AbstractContextManager[Any]:
+    """Have Inductor take parameters as constants, and pack them, or not; what is compiled inside is what it says."""
+    from torch._inductor import config
+
+    patched: AbstractContextManager[Any] = config.patch(freezing=on)
+    return patched
+
+
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
     """Have ``tag`` in the key of both compile caches while the context is entered; a user's own tag stays in it."""
     patched: AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=_with_tag(tag))  # type: ignore[attr-defined]

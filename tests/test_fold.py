@@ -16,6 +16,7 @@ from pifa_compile.factors import PairFactors, PifaFactors
 from pifa_compile.kernels import op
 from pifa_compile.passes import pipeline
 from pifa_compile.passes.fold import fold
+from pifa_compile.recipes import Joint
 
 GATHER = torch.ops.aten._unsafe_index.Tensor
 HALF = torch.tensor(0.5)
@@ -33,12 +34,13 @@ class Mlp(nn.Module):
 
 
 class Gated(nn.Module):
-    def __init__(self, n=24, inner=40) -> None:
+    def __init__(self, n=24, inner=40, bias=True) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(n, inner), nn.Linear(n, inner), nn.Linear(inner, n, bias=False)
+        self.gate_proj, self.up_proj = nn.Linear(n, inner, bias), nn.Linear(n, inner, bias)
+        self.down = nn.Linear(inner, n, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def run(model, *inputs, recipe=None, grad=False, **options):
@@ -125,13 +127,23 @@ def test_of_gate_and_up_one_is_gathered_into_the_order_of_the_other(relative):
     assert relative(y, exact(model)(x.double())) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gate_and_up_that_were_factored_together(bias, relative):
+    model, x = Gated(bias=bias), torch.randn(2, 5, 24)
+    y, graph = run(model, x, recipe=Joint(density=0.6, rank_multiple=1))
+    assert sum(n.target is F.linear for n in graph.nodes) == 4
+    assert gathers(graph) == (3 if bias else 2)  # a bias that is added behind the operator keeps its order
+    assert not [n for n in graph.nodes if n.target == "narrow"]
+    assert relative(y, exact(model)(x.double())) < 1e-6
+
+
 def test_a_pair_on_either_side_takes_the_order_too(monkeypatch, relative):
     model, x = Gated(), torch.randn(2, 5, 24)
     loaded_factors = backend.shared_factors
 
     def as_pair(store, record, *where):
         factors = loaded_factors(store, record, *where)
-        if record.name == "gate":
+        if record.name == "gate_proj":
             return factors
         left = factors.weight() @ torch.linalg.pinv(factors.pivot_rows.double())
         return PairFactors(left.float(), factors.pivot_rows)

@@ -15,6 +15,7 @@ from torch import nn
 
 import pifa_compile
 from pifa_compile import Svd
+from pifa_compile.recipes import Joint
 
 HERE = Path(__file__).parent
 
@@ -78,6 +79,24 @@ def test_ranks_may_differ_and_layers_without_siblings_stay_apart(relative):
     (found,), (gm,) = run(model, x)
     assert len(linears(gm)) == 1 + 3 + 2
     assert all(relative(one, other) < 1e-6 for one, other in zip(found, wanted, strict=True))
+
+
+def test_layers_that_were_factored_together_are_one_sibling(relative):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, m) for m in (24, 16, 16))
+
+        def forward(self, x):
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    model, x = Attention(), torch.randn(2, 5, 24)
+    pifa_compile.compress(model, Joint(density=0.6, rank_multiple=1, joint=("q+k",)), progress=False)
+    exact = pifa_compile.restore_(pifa_compile.apply_(copy.deepcopy(model))).double()
+    (found,), (gm,) = run(model, x)
+    assert len(linears(gm)) == 1 + 2
+    assert all(relative(one, other) < 1e-6 for one, other in zip(found, exact(x.double()), strict=True))
+    assert all(y.is_contiguous() for y in found)
 
 
 def test_an_input_that_is_changed_between_them_keeps_them_apart(relative):

@@ -1,0 +1,1 @@
+"""Benchmarks that ``pifa bench`` and the scripts of ``bench/`` run: dense, pair and PIFA in turns, losing rows kept."""

@@ -1,0 +1,275 @@
+"""Whole blocks and models through the backend, against dense compiled alike; and how long compiling takes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pifa_compile import _torch
+from pifa_compile.bench.report import Report, Row
+from pifa_compile.bench.timing import in_turns
+from pifa_compile.compression.layer import Unit, distinct_layers, factored_record, run_header
+from pifa_compile.errors import InputError, did_you_mean
+from pifa_compile.factors import PifaFactors, rank_for_density
+from pifa_compile.layers import linear_weights
+from pifa_compile.loading import load_model
+from pifa_compile.pivoting import Factorized
+from pifa_compile.prepare import apply_, restore_
+from pifa_compile.recipes import Svd
+from pifa_compile.store import Store
+
+LAYER_COLUMNS = ("model", "dtype", "density", "N", "freezing", "ms dense", "ms", "of dense", "error", "right")
+COMPILE_COLUMNS = ("model", "caches", "s dense", "s", "of dense")
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), as in Llama."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return down
+
+
+class Mlp(nn.Module):
+    """down(gelu(up(x))), as in BERT and GPT-2."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(nn.functional.gelu(self.up(x)))
+        return down
+
+
+class Block(nn.Module):
+    """A Llama-shaped block: attention with heads of 64 and a gated MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.mlp = GatedMlp(width, inner)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norms[0](x)
+        q, k, v = (p(h).unflatten(-1, (-1, 64)).transpose(0, 1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(attended.transpose(0, 1).flatten(1))
+        out: Tensor = x + self.mlp(self.norms[1](x))
+        return out
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp-1024": lambda: Mlp(1024, 4096),
+    "mlp-2048": lambda: Mlp(2048, 8192),
+    "gated-2048": lambda: GatedMlp(2048, 5504),
+    "gated-4096": lambda: GatedMlp(4096, 11008),
+    "block-1024": lambda: Block(1024, 2816),
+    "block-2048": lambda: Block(2048, 5504),
+}
+
+
+def bench_layers(
+    blocks: Sequence[str],
+    *,
+    density: float = 0.55,
+    tokens: Sequence[int] = (1, 128, 512),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    freezing: Sequence[bool] = (False, True),
+    rounds: int = 5,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Time named blocks of layers, transparent through the backend, with random factors of the density's ranks."""
+    report = Report(f"blocks of layers, medians of {rounds} turns", LAYER_COLUMNS)
+    for name, dtype in product(blocks, dtypes):
+        if name not in BLOCKS:
+            raise InputError(f"no block named {name!r}; known: {', '.join(BLOCKS)}{did_you_mean(name, BLOCKS)}")
+        say(f"{name}, {_torch.dtype_name(dtype)}")
+        torch.manual_seed(0)
+        model = BLOCKS[name]().to(dtype).requires_grad_(False).eval()
+        width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
+        inputs = {N: {"x": torch.randn(N, width).to(dtype)} for N in tokens}
+        report.rows += _compare(name, model, inputs, density, freezing, rounds)
+    return report
+
+
+def bench_model(
+    name: str,
+    *,
+    densities: Sequence[float] = (0.8, 0.6),
+    batches: Sequence[int] = (1, 32),
+    length: int = 64,
+    dtype: torch.dtype | None = None,
+    freezing: Sequence[bool] = (False,),
+    rounds: int = 5,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Time a model that reads text, end to end, at batches of ``length`` random tokens.
+
+    name  a directory, a Hugging Face id, or one of RANDOM: a small model with random weights
+    """
+    report = Report(f"{name} end to end, {length} tokens a sequence, medians of {rounds} turns", LAYER_COLUMNS)
+    model = _model(name, dtype)
+    inputs = {b: {"input_ids": torch.randint(1, 99, (b, length))} for b in batches}
+    for density in densities:
+        say(f"density {density:g}")
+        report.rows += _compare(name, model, inputs, density, freezing, rounds)
+    report.notes.append("N counts sequences; factors are random, so this is about time alone")
+    return report
+
+
+def _compare(
+    name: str,
+    model: nn.Module,
+    inputs: Mapping[int, Mapping[str, Tensor]],
+    density: float,
+    freezing: Sequence[bool],
+    rounds: int,
+) -> list[Row]:
+    rows: list[Row] = []
+    dtype = next(model.parameters()).dtype
+    with tempfile.TemporaryDirectory() as folder:
+        put_random_factors(model, density, Store(Path(folder)))
+        exact = restore_(apply_(copy.deepcopy(model), store=folder)).double()
+        for frozen, (N, given) in product(freezing, inputs.items()):
+            torch.compiler.reset()
+            with torch.no_grad(), _torch.freezing(frozen):
+                options: dict[str, Any] = {"store": folder}
+                dense = torch.compile(_torch.own_frame(model), dynamic=False)
+                ours = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
+                runs = {"dense": functools.partial(dense, **given), "pifa": functools.partial(ours, **given)}
+                error = _error(runs["pifa"](), exact(**_in_double(given)))
+                taken = in_turns(runs, rounds=rounds, seconds=0.2)
+            rows.append(
+                {"model": name, "dtype": _torch.dtype_name(dtype), "density": density, "N": N, "freezing": frozen}
+                | {"ms dense": taken["dense"] * 1e3, "ms": taken["pifa"] * 1e3}
+                | {"of dense": taken["pifa"] / taken["dense"], "error": error}
+                | {"right": error < (1e-4 if dtype == torch.float32 else 5e-2)}
+            )
+    return rows
+
+
+def _in_double(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+
+
+def _error(found: Any, wanted: Any) -> float:
+    """Relative difference of the (first) output."""
+    a, b = (y if isinstance(y, Tensor) else y[0] for y in (found, wanted))
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def put_random_factors(model: nn.Module, density: float, store: Store) -> None:
+    """A run with random factors for every linear layer of the model: as fast as any others, and there at once."""
+    recipe = Svd(density=density, skip=("*lm_head*", "*embed*"))
+    layers = distinct_layers(list(linear_weights(model)), recipe)
+    generator = torch.Generator().manual_seed(0)
+    with store.write_run(run_header(recipe, layers, "random")) as writer:
+        for layer in layers:
+            unit, (m, n) = Unit((layer,)), layer.weight.shape
+            r = rank_for_density(m, n, density, recipe.rank_multiple)
+            if layer.reason is not None or r == 0:
+                for record in unit.dense(layer.reason or "too small"):
+                    writer.add(record)
+                continue
+            dtype, free = layer.matrix.dtype, torch.randperm(m, generator=generator)
+            order = torch.cat([free[:r].sort().values, free[r:].sort().values]).to(torch.int32)
+            rows = torch.randn(r, n, generator=generator) / n**0.5
+            coefficients = torch.randn(m - r, r, generator=generator) / r**0.5
+            factors = PifaFactors(rows.to(dtype), coefficients.to(dtype), order)
+            made = Factorized(factors, 0.0, "random")
+            writer.add(factored_record(unit, made, store.put_factors(factors), seconds=0.0))
+        writer.finish()
+
+
+#: Small models with random weights, by name: the keyword arguments of a LlamaConfig.
+RANDOM: dict[str, dict[str, Any]] = {
+    "random-llama-256": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
+    "random-llama-1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4},
+}
+
+
+def _model(name: str, dtype: torch.dtype | None) -> nn.Module:
+    if name in RANDOM:
+        import transformers
+
+        sizes = RANDOM[name]
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 64, vocab_size=8192)
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+        return model.to(dtype or torch.float32).requires_grad_(False).eval()
+    found, _ = load_model(name, dtype, need_tokenizer=False)
+    return found.requires_grad_(False).eval()
+
+
+# --- compile time ----------------------------------------------------------------------------------------------------
+
+_CHILD = """
+import sys, time
+from pathlib import Path
+import torch
+from pifa_compile.bench.models import compile_once
+print(compile_once(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
+"""
+
+
+def bench_compile(name: str, *, rounds: int = 3, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Seconds of the first call, cold and warm (caches on disk), against plain Inductor; factors are in the store.
+
+    Every call is in a process of its own, with caches of its own; imports are not counted.
+    """
+    report = Report(f"seconds of the first call, medians of {rounds} processes", COMPILE_COLUMNS)
+    taken: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        torch.manual_seed(0)
+        put_random_factors(_model(name, None), 0.6, Store(store))
+        for turn, backend in product(range(rounds), ("inductor", "pifa")):
+            caches = Path(folder) / f"{backend}-{turn}"
+            for state in ("cold", "warm"):
+                say(f"{backend}, {state}, {turn + 1} of {rounds}")
+                taken.setdefault((backend, state), []).append(_in_child(name, backend, store, caches))
+    for state in ("cold", "warm"):
+        dense, ours = (median(taken[backend, state]) for backend in ("inductor", "pifa"))
+        report.rows.append({"model": name, "caches": state, "s dense": dense, "s": ours, "of dense": ours / dense})
+    return report
+
+
+def _in_child(name: str, backend: str, store: Path, caches: Path) -> float:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    command = [sys.executable, "-c", _CHILD, name, backend, str(store)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"the process that compiles ended with {done.returncode}: {done.stderr[-500:]}")
+    return float(done.stdout.split()[-1])
+
+
+def compile_once(name: str, backend: str, store: Path) -> float:
+    """Seconds of the first call of the compiled model in this process."""
+    _torch.inductor()  # its import takes seconds, which are not the question
+    torch.manual_seed(0)
+    model, ids = _model(name, None), torch.ones(1, 64, dtype=torch.int64)
+    options: dict[str, Any] | None = {"store": str(store)} if backend == "pifa" else None
+    compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
+    with torch.no_grad():
+        begun = time.perf_counter()
+        compiled(input_ids=ids)
+        return time.perf_counter() - begun
