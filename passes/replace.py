@@ -88,7 +88,8 @@ class Buffers:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._names: dict[int, str] = {}
+        ours = ((n, t) for n, t in gm.named_buffers(remove_duplicate=False) if n.startswith("pifa_"))
+        self._names = {id(t): name for name, t in ours}  # also those of passes before this one
 
     def get(self, tensor: Tensor, label: str) -> fx.Node:
         """A get_attr node of the tensor, at the graph's current insertion point."""

@@ -124,6 +124,29 @@ def test_under_autocast_the_casts_of_one_input_are_one_input(relative):
         assert one.dtype == torch.bfloat16 and relative(one, other) < 3e-2
 
 
+def test_layers_with_equal_factors_keep_their_own_buffers(relative):
+    """A buffer that two passes want is registered once: a second name for it must not be given to the next one."""
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.alone, self.last = (nn.Linear(24, 24, bias=False) for _ in range(4))
+
+        def forward(self, x):
+            y = torch.softmax(self.first(x) + self.second(x), -1)
+            return self.last(torch.softmax(self.alone(y), -1))
+
+    model, x = Chain(), torch.randn(5, 24)
+    with torch.no_grad():
+        model.second.weight.copy_(-model.first.weight)
+        model.alone.weight.copy_(2 * model.first.weight)  # powers of two: the same order of rows
+    wanted = compressed(model)(x.double())
+    (found,), (gm,) = run(model, x)
+    names = [n.target for n in gm.graph.find_nodes(op="get_attr")]
+    assert len({id(getattr(gm, name)) for name in names}) == len(set(names))
+    assert relative(found, wanted) < 1e-6
+
+
 def test_prepared_layers_stay_apart(relative):
     model, x = Siblings(), torch.randn(5, 24)
     compressed(model)

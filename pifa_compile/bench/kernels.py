@@ -7,18 +7,23 @@ its own factors make of x in float64.
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pifa_compile import _torch, cost
+from pifa_compile.bench.factors import put_factors, random_factors
 from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.shapes import shapes
 from pifa_compile.bench.timing import in_turns
-from pifa_compile.factors import Factors, PairFactors, PifaFactors, density_of_rank, rank_for_density
-from pifa_compile.modules import factored_module
+from pifa_compile.factors import density_of_rank, rank_for_density
+from pifa_compile.store import Store
 
 #: Relative error of the output that rounding alone explains.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -52,10 +57,11 @@ def bench_kernels(
             report.notes.append(f"{name}: no rank keeps {density:g} of a {m} x {n} weight")
             continue
         say(f"{name} {m} x {n}, rank {r}, {_torch.dtype_name(dtype)}")
-        layers = _layers(m, n, r, dtype)
-        for frozen, N in product(freezing, tokens):
-            known = {"layer": name, "m": m, "n": n, "rank": r, "dtype": _torch.dtype_name(dtype), "N": N}
-            report.rows += _rows(layers, known | {"freezing": frozen}, dtype, machine, rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            layers = _candidates(m, n, r, dtype, Path(folder))
+            for frozen, N in product(freezing, tokens):
+                known = {"layer": name, "m": m, "n": n, "rank": r, "dtype": _torch.dtype_name(dtype), "N": N}
+                report.rows += _rows(layers, known | {"freezing": frozen}, dtype, machine, rounds)
     wrong = sum(row["flag"] != "" for row in report.rows)
     report.notes.append(f"{wrong} of {len(report.rows)} predictions are wrong by more than {WRONG}")
     return report
@@ -65,47 +71,52 @@ def _named(sets: Sequence[str]) -> Iterable[tuple[str, tuple[int, int]]]:
     return [(f"{name}: {layer}", shape) for name in sets for layer, shape in shapes(name).items()]
 
 
-def _layers(m: int, n: int, r: int, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Tensor, str]]:
-    """By form: the layer, the weight that it stands for in float64, and the form of the cost model."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass(frozen=True)
+class _Candidate:
+    """One form of a layer: the module, the weight that it stands for in float64, the form of the cost model, and where
+    the factors are that the backend is to use (None: the module runs as it is)."""
 
-    def random(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).div_(columns**0.5).to(dtype)
+    module: nn.Module
+    weight: Tensor
+    form: str
+    store: Path | None = None
 
-    pivot_rows, coefficients = random(r, n), random(m - r, r)
-    free = torch.randperm(m, generator=generator)
-    order = torch.cat([free[:r].sort().values, free[r:].sort().values])
-    orders = {"pifa": order, "pifa folded": torch.arange(m)}
-    if m % 32 == 0 and r % 32 == 0:
-        groups = torch.cat([part.sort().values for part in torch.randperm(m // 32, generator=generator).split(r // 32)])
-        orders["pifa groups"] = (groups[:, None] * 32 + torch.arange(32)).flatten()
-    found: dict[str, Factors] = {"pair": PairFactors(random(m, r), pivot_rows)}
-    found |= {name: PifaFactors(pivot_rows, coefficients, rows.to(torch.int32)) for name, rows in orders.items()}
+
+def _candidates(m: int, n: int, r: int, dtype: torch.dtype, folder: Path) -> dict[str, _Candidate]:
     dense = nn.Linear(n, m, bias=False, dtype=dtype).requires_grad_(False)
-    layers: dict[str, tuple[nn.Module, Tensor, str]] = {"dense": (dense, dense.weight.double(), "dense")}
-    for name, factors in found.items():
+    pair = nn.Sequential(nn.Linear(n, r, bias=False, dtype=dtype), nn.Linear(r, m, bias=False, dtype=dtype))
+    right, left = (parameter.double() for parameter in pair.requires_grad_(False).parameters())
+    found = {"dense": _Candidate(dense, dense.weight.double(), "dense"), "pair": _Candidate(pair, left @ right, "pair")}
+    orders: dict[str, Tensor | None] = {"pifa": None, "pifa folded": torch.arange(m)}
+    if m % 32 == 0 and r % 32 == 0:
+        groups = torch.cat([part.sort().values for part in torch.randperm(m // 32).split([r // 32, (m - r) // 32])])
+        orders["pifa groups"] = (groups[:, None] * 32 + torch.arange(32)).flatten()
+    for name, order in orders.items():
+        factors = random_factors(m, n, r, dtype, order)
+        put_factors(dense, 0.5, lambda _, factors=factors: factors, Store(folder / name))  # type: ignore[misc]
         form = "pifa folded" if name == "pifa groups" else name
-        layers[name] = factored_module(factors, None), factors.weight(), form
-    return layers
+        found[name] = _Candidate(dense, factors.weight(), form, folder / name)
+    return found
 
 
 def _rows(
-    layers: dict[str, tuple[nn.Module, Tensor, str]], known: Row, dtype: torch.dtype, machine: cost.Profile, rounds: int
+    layers: dict[str, _Candidate], known: Row, dtype: torch.dtype, machine: cost.Profile, rounds: int
 ) -> list[Row]:
     m, n, r, N = (known[key] for key in ("m", "n", "rank", "N"))
     x = torch.randn(N, n, generator=torch.Generator().manual_seed(1)).to(dtype)
     runs, errors = {}, {}
     torch.compiler.reset()
-    with torch.no_grad(), _torch.freezing(known["freezing"]):
-        for name, (layer, weight, _) in layers.items():
-            compiled = torch.compile(_torch.own_frame(layer), backend="inductor" if name == "dense" else "pifa")
-            wanted = x.double() @ weight.T
-            errors[name] = float((compiled(x).double() - wanted).norm() / wanted.norm())
-            runs[name] = functools.partial(compiled, x)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            run = functools.partial(_compile(layer, known["freezing"]), x)
+            wanted = x.double() @ layer.weight.T
+            with _torch.freezing(known["freezing"] and layer.store is None):  # else Dynamo hides the weights from us
+                errors[name] = float((run().double() - wanted).norm() / wanted.norm())
+            runs[name] = run
         taken = in_turns(runs, rounds=rounds)
     rows = []
-    for name, (_, _, form) in layers.items():
-        seconds = taken[name]
+    for name, layer in layers.items():
+        form, seconds = layer.form, taken[name]
         predicted = cost.time(form, N, m, n, r, dtype, machine)
         off = max(seconds / predicted, predicted / seconds)
         moved, flop = cost.work(form, N, m, n, r, dtype)
@@ -118,3 +129,11 @@ def _rows(
             | {"density": 1.0 if name == "dense" else density_of_rank(m, n, r, "pair" if name == "pair" else "pifa")}
         )
     return rows
+
+
+def _compile(layer: _Candidate, freezing: bool) -> Callable[[Tensor], Tensor]:
+    own = _torch.own_frame(layer.module)
+    if layer.store is None:
+        return torch.compile(own, dynamic=False)
+    options: dict[str, Any] = {"store": str(layer.store), "freezing": freezing, "pairs": False}
+    return torch.compile(own, backend="pifa", dynamic=False, options=options)

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pifa_compile import _torch
+from pifa_compile.bench.factors import put_random_factors
 from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.timing import in_turns
-from pifa_compile.compression.layer import Unit, distinct_layers, factored_record, run_header
 from pifa_compile.errors import InputError, did_you_mean
-from pifa_compile.factors import PifaFactors, rank_for_density
-from pifa_compile.layers import linear_weights
 from pifa_compile.loading import load_model
-from pifa_compile.pivoting import Factorized
 from pifa_compile.prepare import apply_, restore_
-from pifa_compile.recipes import Svd
 from pifa_compile.store import Store
 
 LAYER_COLUMNS = ("model", "dtype", "density", "N", "freezing", "ms dense", "ms", "of dense", "error", "right")
@@ -152,11 +148,13 @@ def _compare(
         exact = restore_(apply_(copy.deepcopy(model), store=folder)).double()
         for frozen, (N, given) in product(freezing, inputs.items()):
             torch.compiler.reset()
-            with torch.no_grad(), _torch.freezing(frozen):
-                options: dict[str, Any] = {"store": folder}
+            with torch.no_grad():
+                options: dict[str, Any] = {"store": folder, "freezing": frozen}
                 dense = torch.compile(_torch.own_frame(model), dynamic=False)
                 ours = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
                 runs = {"dense": functools.partial(dense, **given), "pifa": functools.partial(ours, **given)}
+                with _torch.freezing(frozen):  # of the model's own parameters, which Dynamo must know of
+                    runs["dense"]()
                 error = _error(runs["pifa"](), exact(**_in_double(given)))
                 taken = in_turns(runs, rounds=rounds, seconds=0.2)
             rows.append(
@@ -176,29 +174,6 @@ def _error(found: Any, wanted: Any) -> float:
     """Relative difference of the (first) output."""
     a, b = (y if isinstance(y, Tensor) else y[0] for y in (found, wanted))
     return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def put_random_factors(model: nn.Module, density: float, store: Store) -> None:
-    """A run with random factors for every linear layer of the model: as fast as any others, and there at once."""
-    recipe = Svd(density=density, skip=("*lm_head*", "*embed*"))
-    layers = distinct_layers(list(linear_weights(model)), recipe)
-    generator = torch.Generator().manual_seed(0)
-    with store.write_run(run_header(recipe, layers, "random")) as writer:
-        for layer in layers:
-            unit, (m, n) = Unit((layer,)), layer.weight.shape
-            r = rank_for_density(m, n, density, recipe.rank_multiple)
-            if layer.reason is not None or r == 0:
-                for record in unit.dense(layer.reason or "too small"):
-                    writer.add(record)
-                continue
-            dtype, free = layer.matrix.dtype, torch.randperm(m, generator=generator)
-            order = torch.cat([free[:r].sort().values, free[r:].sort().values]).to(torch.int32)
-            rows = torch.randn(r, n, generator=generator) / n**0.5
-            coefficients = torch.randn(m - r, r, generator=generator) / r**0.5
-            factors = PifaFactors(rows.to(dtype), coefficients.to(dtype), order)
-            made = Factorized(factors, 0.0, "random")
-            writer.add(factored_record(unit, made, store.put_factors(factors), seconds=0.0))
-        writer.finish()
 
 
 #: Small models with random weights, by name: the keyword arguments of a LlamaConfig.

@@ -1,0 +1,113 @@
+"""The benchmarks run, count losing rows, and check what they time; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from pifa_compile import cli, cost
+from pifa_compile.bench import kernels, models, report, shapes, timing
+from pifa_compile.bench.factors import put_random_factors
+from pifa_compile.errors import InputError
+from pifa_compile.store import Store
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine that need not be measured, and shapes that are small."""
+    rates = dict.fromkeys(("float32", "bfloat16", "float16"), 1e11)
+    profile = cost.Profile(cost.device_name(), 1e10, rates, 1e9, 1e-5)
+    monkeypatch.setattr(cost, "measure_profile", lambda device="cpu": profile)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", {"square": (64, 64), "flat": (48, 8)})
+    monkeypatch.setitem(models.BLOCKS, "tiny", lambda: models.Block(64, 96))
+    monkeypatch.setitem(models.RANDOM, "tiny", {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
+    return profile
+
+
+def test_turns_give_a_median_for_each():
+    calls = {"a": 0, "b": 0}
+
+    def run(name):
+        calls[name] += 1
+
+    taken = timing.in_turns({name: lambda name=name: run(name) for name in calls}, rounds=3, seconds=1e-5)
+    assert set(taken) == {"a", "b"} and all(seconds > 0 for seconds in taken.values())
+    assert min(calls.values()) >= 3
+
+
+def test_kernels_show_every_form_and_check_it(tmp_path):
+    found = kernels.bench_kernels(["tiny"], tokens=(2,), dtypes=(torch.bfloat16,), freezing=(False,), rounds=1)
+    assert {row["freezing"] for row in found.rows} == {False}
+    forms = ["dense", "pair", "pifa", "pifa folded", "pifa groups"]
+    assert [row["form"] for row in found.rows if row["layer"] == "tiny: square"] == forms
+    assert [row["form"] for row in found.rows if row["layer"] == "tiny: flat"] == forms[:-1]
+    assert all(row["right"] and row["of roof"] > 0 for row in found.rows)
+    assert all(row["of dense"] == 1 for row in found.rows if row["form"] == "dense")
+    assert {row["rank"] for row in found.rows} == {32, 4}
+    found.save(tmp_path / "results" / "rows.json")
+    data = json.loads((tmp_path / "results" / "rows.json").read_text())
+    assert len(data["rows"]) == 9 and data["machine"]["threads"] == torch.get_num_threads()
+    assert data["machine"]["versions"]["torch"]
+
+
+def test_a_wrong_form_gets_no_tick(monkeypatch):
+    original = kernels._candidates
+
+    def spoiled(*arguments):
+        found = original(*arguments)
+        return found | {"pair": replace(found["pair"], weight=found["pair"].weight + 0.1)}
+
+    monkeypatch.setattr(kernels, "_candidates", spoiled)
+    arguments = {"tokens": (2,), "dtypes": (torch.float32,), "freezing": (False,), "rounds": 1}
+    found = kernels.bench_kernels(["tiny"], **arguments)
+    assert {row["form"] for row in found.rows if not row["right"]} == {"pair"}
+    assert "NO" in str(found)
+
+
+def test_blocks_run_through_the_backend_with_factors_of_the_density():
+    torch.manual_seed(0)
+    found = models.bench_layers(["tiny"], density=0.6, tokens=(3,), dtypes=(torch.float32,), freezing=(False, True),
+                                rounds=1)  # fmt: skip
+    assert [row["freezing"] for row in found.rows] == [False, True]
+    assert all(row["right"] and row["error"] < 1e-5 for row in found.rows)
+
+
+def test_random_factors_are_a_run_like_any_other(store):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    put_random_factors(model, 0.6, store)
+    (run,) = Store(store.root).runs()
+    assert run.complete
+    assert [record.object is not None for record in run.layers] == [True, False]
+    assert run.layers[0].numbers <= 0.6 * 64 * 64
+
+
+def test_a_model_end_to_end_and_names_that_nobody_knows():
+    found = models.bench_model("tiny", densities=(0.6,), batches=(2,), length=8, rounds=1)
+    assert [row["right"] for row in found.rows] == [True]
+    with pytest.raises(InputError, match="square-2048"):
+        shapes.shapes("sqare-2048")
+    with pytest.raises(InputError, match="block-2048"):
+        models.bench_layers(["blok-2048"])
+
+
+def test_plots_are_drawn_or_say_what_they_need(tmp_path):
+    found = kernels.bench_kernels(["tiny"], tokens=(1, 2), dtypes=(torch.float32,), freezing=(False,), rounds=1)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="pifa-compile\\[plot\\]"):
+            report.plot(found, tmp_path)
+    else:
+        assert [path.name for path in report.plot(found, tmp_path)] == ["speedup.png", "roofline.png"]
+
+
+def test_the_command(capsys, tmp_path):
+    arguments = ["bench", "kernels", "tiny", "--tokens", "2", "--dtype", "float32", "--rounds", "1", "--json"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "rows.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert cli.main(["bench", "model", "tiny", "--plot", str(tmp_path)]) == cli.USAGE
