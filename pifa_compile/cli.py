@@ -113,7 +113,6 @@ def _compress(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from pifa_compile import cost
     from pifa_compile.dryrun import dry_run
     from pifa_compile.loading import load_model
     from pifa_compile.options import resolve
@@ -123,7 +122,6 @@ def _dry_run(options: argparse.Namespace) -> int:
     resolve(None, chosen)  # a mistake in them is told before the model is loaded
     _quiet()
     model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
-    cost.profile()
     report = dry_run(model, options=chosen, **_example(model, tokenizer, options.batch))
     _show(options, report.to_json(), report)
     return DONE

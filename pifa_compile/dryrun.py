@@ -63,7 +63,7 @@ def dry_run(
 
     options  the backend's options, e.g. {"density": 0.6} or {"run": "svd-0.6-..."}; nothing is compressed or written
 
-    Predicted times are shown where the machine has a profile (``cost.profile``; the commands make one).
+    Predicted times are shown where the machine has a profile (``cost.profile``; ``pifa bench kernels`` makes one).
     """
     settings = resolve(None, options)
     report = DryRun()
