@@ -22,8 +22,13 @@ SHARED = ("passes", "kernels")  # folders at the top level that are packages of 
 ROOMS = (
     {"pifa_compile", "pifa_compile.__main__"},
     {"pifa_compile.cli", "pifa_compile.hf"},
-    {"pifa_compile.demo", "pifa_compile.verification", "pifa_compile.quality", "pifa_compile.layer_errors"},
-    {"pifa_compile.bench", "pifa_compile.demo", "pifa_compile.verification"},
+    {
+        "pifa_compile.bench",
+        "pifa_compile.demo",
+        "pifa_compile.layer_errors",
+        "pifa_compile.quality",
+        "pifa_compile.verification",
+    },
     {"pifa_compile.prepare", "pifa_compile.checkpoint"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
