@@ -72,7 +72,7 @@ def llama(**settings):
 
 
 def test_the_bound_and_the_form_are_told_and_written_down(store, capsys, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="pifa_compile")
     text = torch.randint(0, 40, (8, 12))
     run = compress(llama(), Mpifa(density=0.5, rank_multiple=1), text=text, store=store).run
     told = capsys.readouterr().err

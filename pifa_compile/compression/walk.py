@@ -75,8 +75,10 @@ def compress_weights(
 
 def _units(layers: Sequence[Layer], recipe: Recipe) -> list[Unit]:
     """The layers in order, those that the recipe joins as one, at the place of the first of them."""
-    named = {layer.name: layer for layer in layers}
-    sets = joint_sets(list(named), recipe.joint) if isinstance(recipe, Joint) else []
+    if not isinstance(recipe, Joint):
+        return [Unit((layer,)) for layer in layers]
+    named = {unused_name(layer.name, [other.name for other in layers[:i]]): layer for i, layer in enumerate(layers)}
+    sets = joint_sets(list(named), recipe.joint)
     fitting = [members for members in sets if can_join([named[name] for name in members])]
     return [Unit(tuple(named[name] for name in members)) for members in first_way(list(named), fitting)]
 

@@ -18,7 +18,7 @@ from pretend_h200.codegen import generate
 def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> tuple[fx.GraphModule, list[Any]]:
     """The graph that the backend hands to Inductor, were the model on CUDA, and its inputs.
 
-    The passes run on the real weights, on the CPU; only ``decompose`` is left out, which is for the CPU.
+    The passes run on the real weights, on the CPU; ``group`` and ``decompose`` are left out, which are for the CPU.
     """
     taken: list[tuple[fx.GraphModule, list[Any]]] = []
 
@@ -26,7 +26,7 @@ def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) ->
         taken.append((gm, given))
         return gm.forward
 
-    steps = tuple(step for step in pipeline.PIPELINE if step.name != "decompose")
+    steps = tuple(step for step in pipeline.PIPELINE if step.name not in ("group", "decompose"))
     with mock.patch.object(pipeline, "PIPELINE", steps), mock.patch.object(backend, "_compile_inner", keep):
         torch.compile(model, backend=backend.pifa, options=options, fullgraph=True)(*inputs)
     ((gm, given),) = taken
