@@ -27,7 +27,8 @@ def llama(tmp_path_factory):
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16().eval()
     with torch.no_grad():
-        return graph_on_cuda(model, [torch.randint(512, (2, 48))], density=0.6, calibrate="none", store=tmp_path_factory.mktemp("store"))
+        options = {"density": 0.6, "calibrate": "none", "store": tmp_path_factory.mktemp("store")}
+        return graph_on_cuda(model, [torch.randint(512, (2, 48))], **options)
 
 
 @pytest.fixture(scope="module")
