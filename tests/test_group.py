@@ -156,6 +156,18 @@ def test_prepared_layers_stay_apart(relative):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, prepared(x), strict=True))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_prepared_layers_that_were_factored_together_share_their_first_product(bias, relative):
+    model, x = Siblings(bias=bias), torch.randn(3, 24)
+    pifa_compile.compress(model, Joint(density=0.6, rank_multiple=1, joint=("0+1",)), progress=False)
+    prepared = pifa_compile.apply_(model)
+    wanted = [y.detach().double() for y in copy.deepcopy(prepared).double()(x.double())]
+    (found,), (gm,) = run(prepared, x)
+    assert len(linears(gm)) == (1 + 2) + 2, "the third layer has factors of its own"
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 1e-6
+
+
 def test_the_stack_takes_the_place_of_its_parts_and_is_shared_by_all_graphs():
     model = Siblings()
     compressed(model)
@@ -178,9 +190,9 @@ def test_the_parts_are_let_go():
     others = [
         o
         for o in gc.get_objects()
-        if isinstance(o, torch.Tensor) and o.dim() == 2 and o.shape[1] == 24 and o.shape[0] in rank
+        if type(o) is torch.Tensor and o.dim() == 2 and o.shape[1] == 24 and o.shape[0] in rank
     ]
-    assert not [o for o in others if o.data_ptr() not in held and type(o) is torch.Tensor]
+    assert not [o for o in others if o.data_ptr() not in held]
 
 
 def test_inductor_gives_the_same_numbers(relative):
