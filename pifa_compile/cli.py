@@ -14,7 +14,8 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -236,13 +237,25 @@ def _demo(options: argparse.Namespace) -> int:
     return DONE
 
 
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Inside, this package logs errors alone: a benchmark compresses and recompiles all the time."""
+    logger = logging.getLogger("pifa_compile")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_errors_only()
 def _bench(options: argparse.Namespace) -> int:
     from pifa_compile.bench.kernels import bench_kernels
     from pifa_compile.bench.models import bench_compile, bench_layers, bench_model
     from pifa_compile.bench.report import plot
 
     _quiet()
-    logging.getLogger("pifa_compile").setLevel(logging.ERROR)
     what, given = options.what, {"rounds": options.rounds, "say": _say}
     if options.plot is not None and what != "kernels":
         raise OptionError("--plot draws the rows of kernels")
