@@ -22,11 +22,12 @@ from torch import Tensor
 from pifa_compile import _torch
 from pifa_compile.compression.allocation import allocate, rank_options, tail_losses
 from pifa_compile.compression.layer import (
+    ALLOCATED,
+    Finished,
     Layer,
     Unit,
     distinct_layers,
     factored_record,
-    layers_done,
     override_rank,
     pivoted,
     progress_bar,
@@ -34,7 +35,6 @@ from pifa_compile.compression.layer import (
     run_id,
     show,
     too_small,
-    unused_name,
 )
 from pifa_compile.compression.losses import MOST_ROUNDS, SAMPLES
 from pifa_compile.compression.measure import Measure
@@ -66,8 +66,6 @@ ACTIVATION_BYTES = 16 << 30
 LEAST = 8
 #: Tokens are few for a layer if they are fewer than this fraction of its inputs.
 FEW = 0.5
-
-ALLOCATED = "left dense by the allocation: the other layers lose less by being smaller"
 
 
 def compress_first_call(
@@ -125,11 +123,11 @@ def _write(
         walk = _Walk(graph, sites, recipe, store, writer, bar)
         for layer in layers:
             if layer.reason is not None:
-                walk.add(layer, layer.record(reason=layer.reason))
+                walk.add(layer.record(reason=layer.reason))
             elif layer.key in walk.done:
                 show(bar, walk.done[layer.key])
             elif not bool(layer.matrix.any()):
-                walk.add(layer, layer.record(reason="the weight is all zeros"))
+                walk.add(layer.record(reason="the weight is all zeros"))
             else:
                 check_weight(layer.matrix, layer.name)
         if any(layer.key not in walk.done for layer in layers):
@@ -165,21 +163,19 @@ class _Walk:
     store: Store
     writer: RunWriter
     bar: Any
+    finished: Finished = field(init=False)
     done: dict[Any, LayerRecord] = field(init=False)
     weighting: dict[Any, OutputWeighting] = field(default_factory=dict)
     tails: dict[Any, list[float]] = field(default_factory=dict)
     enough: bool = True
 
     def __post_init__(self) -> None:
-        self.done = layers_done(self.writer.done.values())
+        self.finished = Finished(self.writer, self.bar)
+        self.done = self.finished.done
 
-    def add(self, layer: Layer, record: LayerRecord) -> None:
+    def add(self, record: LayerRecord) -> None:
         """Remember a finished layer, unless it is there already."""
-        if layer.key not in self.done:
-            made = replace(record, name=unused_name(record.name, self.writer.done))
-            self.writer.add(made)
-            self.done[layer.key] = made
-            show(self.bar, made)
+        self.finished.add(record)
 
     def run(self, layers: Sequence[Layer]) -> None:
         """Observe, price and factor the layers that may be replaced."""
@@ -259,7 +255,7 @@ class _Walk:
                     started = time.perf_counter()
                     record = self._factor_layer(layer, whitening, measure, ranks.get(layer.key, 0))
                     facts = record.details | {"tokens": moments.count} if record.object else {}
-                    self.add(layer, replace(record, seconds=time.perf_counter() - started, details=facts))
+                    self.add(replace(record, seconds=time.perf_counter() - started, details=facts))
 
     def _factor_layer(self, layer: Layer, whitening: Whitening, measure: Measure, planned: int) -> LayerRecord:
         matrix, (m, n), recipe = layer.matrix, layer.weight.shape, self.recipe

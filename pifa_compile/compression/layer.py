@@ -22,7 +22,7 @@ from pifa_compile.factors import numbers, rank_for_density, rank_for_numbers
 from pifa_compile.layers import LinearWeight, as_matrix, is_plain, supported_dtype
 from pifa_compile.pivoting import Factorized, LowRank, factorize
 from pifa_compile.recipes import Recipe
-from pifa_compile.store import LayerRecord, Member, RunHeader
+from pifa_compile.store import LayerRecord, Member, RunHeader, RunWriter
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,11 +269,34 @@ def factored_record(unit: Unit, made: Factorized, digest: str, **facts: Any) -> 
     return unit.record(object=digest, error=made.error, reason=made.reason, details=details, **sizes, **facts)
 
 
+#: The reason for a layer to stay dense that the allocation gave no rank.
+ALLOCATED = "left dense by the allocation: the other layers lose less by being smaller"
+
+
 def too_small(unit: Unit, recipe: Recipe) -> str:
     """The reason for layers to stay dense that no rank fits."""
     m, n = unit.shape
     density = unit.first.override.get("density", recipe.density)
     return f"no rank of a {m} x {n} weight keeps {density:g} of its numbers or fewer"
+
+
+class Finished:
+    """What a walk has finished, in earlier attempts too: written to the run, shown, and found again by layer.
+
+    done  records, by what a layer and its record share
+    """
+
+    def __init__(self, writer: RunWriter, bar: tqdm[Any]) -> None:
+        self._writer, self._bar = writer, bar
+        self.done = layers_done(writer.done.values())
+
+    def add(self, record: LayerRecord) -> None:
+        """Remember the layers of a record, unless one of them is there already."""
+        if not layers_done([record]).keys() & self.done.keys():
+            made = replace(record, name=unused_name(record.name, self._writer.done))
+            self._writer.add(made)
+            self.done |= layers_done([made])
+            show(self._bar, made)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pifa_compile.compression.blocks import Group
 from pifa_compile.compression.devices import on_device
 from pifa_compile.compression.flows import Captured, TwoFlows, inputs_of, watch_block
-from pifa_compile.compression.layer import Truncatable, Unit, factored_record, pivoted, too_small
+from pifa_compile.compression.layer import ALLOCATED, Truncatable, Unit, factored_record, pivoted, too_small
 from pifa_compile.compression.measure import Measure
 from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.compression.mpifa import (
@@ -173,5 +173,5 @@ def _fit(recipe: Calibrated, matrix: Tensor, target: Tensor, whitening: Whitenin
 
 def _why_dense(recipe: Calibrated, unit: Unit) -> str:
     if unit.first.free and recipe.allocation != "uniform":
-        return "left dense by the allocation: the other layers lose less by being smaller"
+        return ALLOCATED
     return too_small(unit, recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pifa_compile.compression.blocks import Group
 from pifa_compile.compression.flows import input_width
 from pifa_compile.compression.joint import joint_sets
-from pifa_compile.compression.layer import Layer, Unit, can_join, layers_done, show, unused_name
+from pifa_compile.compression.layer import Finished, Layer, Unit, can_join, show
 from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.compression.output_moments import OutputMoments
 from pifa_compile.recipes import Calibrated
@@ -41,6 +41,7 @@ class Walk:
     bar: Any
     device: torch.device
     named: dict[str, Layer] = field(init=False)
+    finished: Finished = field(init=False)
     done: dict[Any, LayerRecord] = field(init=False)
     units: dict[Any, Unit] = field(default_factory=dict)
     ranks: dict[Any, int] = field(default_factory=dict)
@@ -51,17 +52,14 @@ class Walk:
     def __post_init__(self) -> None:
         self.scratch = Scratch(self.store.root, self.writer.header.run_id)
         self.named = {name: layer for layer in self.layers if layer.reason is None for name in layer.names}
-        self.done = layers_done(self.writer.done.values())
+        self.finished = Finished(self.writer, self.bar)
+        self.done = self.finished.done
         for record in self.writer.done.values():
             show(self.bar, record)
 
     def add(self, record: LayerRecord) -> None:
         """Remember finished layers, unless they are there already."""
-        if not layers_done([record]).keys() & self.done.keys():
-            made = replace(record, name=unused_name(record.name, self.writer.done))
-            self.writer.add(made)
-            self.done |= layers_done([made])
-            show(self.bar, made)
+        self.finished.add(record)
 
     def missing(self, group: Group) -> bool:
         """Whether a layer of the group is still to be done."""
