@@ -6,14 +6,14 @@ m = out_features, n = in_features, r = rank, N = number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, tf32_allowed
-from pifa_compile.kernels.tile_tables import Rates, Table, table_for
+from pifa_compile.cost import fastest
+from pifa_compile.kernels.tile_tables import Table, table_for
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,9 @@ BY_COST = ("tail", "gather")
 #: Forms whose tiles hold all tokens at once, and so no more than they were made for.
 FEW = ("relay",)
 
-Cost = Callable[[str, Call, Rates], float]
 
-
-def roofline(form: str, call: Call, rates: Rates) -> float:
-    """Seconds of a form if every launch moved its bytes, or did its operations, as fast as the device can at most."""
-    size = 4 if call.dtype == "float32" else 2
-    kind = "tfloat32" if call.dtype == "float32" and tf32_allowed() else call.dtype
-    tokens, m, n, r = call.tokens, call.m, call.n, call.r
-
-    def launch(numbers: int, flop: int = 0) -> float:
-        work = max(numbers * size / rates.bytes_per_second, flop / rates.flop_per_second[kind])
-        return rates.launch_seconds + work
-
-    head = launch(tokens * (n + r) + r * n, 2 * tokens * r * n)
-    if form == "tail":
-        return head + launch(tokens * (r + m) + (m - r) * r, 2 * tokens * (m - r) * r)
-    product = launch(tokens * m + (m - r) * r, 2 * tokens * (m - r) * r)
-    positions = 2 * launch(2 * m)
-    return head + product + positions + launch(2 * tokens * m)
-
-
-def form_for(call: Call, cost: Cost = roofline) -> str:
-    """The form for a call: what a row of the device's table names, else the cheapest of BY_COST."""
+def form_for(call: Call) -> str:
+    """The form for a call: what a row of the device's table names, else the cheapest of BY_COST at full speed."""
     if call.device is None or call.r == call.m or not call.fixed:
         return "gather"
     table = table_for(call.device)
@@ -93,7 +73,9 @@ def form_for(call: Call, cost: Cost = roofline) -> str:
         return named
     if call.dtype == "float32" and not tf32_allowed():
         return "gather"  # Triton multiplies exact float32 on no matrix unit; the library does as well, but far better
-    return min((form for form in BY_COST if form in possible), key=lambda form: cost(form, call, table.rates))
+    kind = "tfloat32" if call.dtype == "float32" else call.dtype
+    by_cost = [form for form in BY_COST if form in possible]
+    return fastest(by_cost, call.tokens, call.m, call.n, call.r, kind, table.rates.profile(call.device))
 
 
 def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:

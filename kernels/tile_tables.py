@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pifa_compile.cost import Profile
 
 FOLDER = Path(__file__).with_name("tiles")
 SAFE = "safe"
@@ -65,6 +68,11 @@ class Rates:
     flop_per_second: Mapping[str, float]
     launch_seconds: float
     source: str
+
+    def profile(self, device: str) -> Profile:
+        """The same for the cost model: a device that is always as fast as it can be, and gathers as it copies."""
+        rates = {dtype: {1: rate} for dtype, rate in self.flop_per_second.items()}
+        return Profile(device, self.bytes_per_second, rates, math.inf, self.launch_seconds)
 
 
 @dataclass(frozen=True)

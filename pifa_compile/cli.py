@@ -257,13 +257,14 @@ def _bench(options: argparse.Namespace) -> int:
 
     _quiet()
     what, given = options.what, {"rounds": options.rounds, "say": _say}
-    if options.plot is not None and what != "kernels":
-        raise OptionError("--plot draws the rows of kernels")
+    if what != "kernels" and (options.plot is not None or options.warm):
+        raise OptionError("--plot and --warm are for kernels")
     dtypes = [_dtype(name) for name in options.dtype or ("float32", "bfloat16")]
     freezing = {"off": (False,), "on": (True,), "both": (False, True)}[options.freezing]
     shared = {"dtypes": dtypes, "freezing": freezing} | ({"tokens": options.tokens} if options.tokens else {})
     if what == "kernels":
-        report = bench_kernels(options.names or ["square-2048"], density=options.density, **shared, **given)
+        names, cold = options.names or ["square-2048"], not options.warm
+        report = bench_kernels(names, density=options.density, cold=cold, **shared, **given)
     elif what == "layers":
         density = {} if options.density is None else {"density": options.density}
         report = bench_layers(options.names or ["gated-2048", "block-2048"], **density, **shared, **given)
@@ -381,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="tokens; of a model, sequences")
     bench.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be repeated")
     bench.add_argument("--freezing", choices=("off", "on", "both"), default="off", help="Inductor's (default: off)")
+    bench.add_argument("--warm", action="store_true", help="kernels: let caches keep the weights from call to call")
     bench.add_argument("--rounds", type=_count, default=5, help="turns that the medians are of (default 5)")
     bench.add_argument("--out", type=Path, help="write JSON with machine, versions and revision to this file")
     bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder")

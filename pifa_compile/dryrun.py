@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pifa_compile import _torch, cost
+from pifa_compile import _torch, cost, machine
 from pifa_compile.backend import find_run, make_context
 from pifa_compile.compression.ranks import plan_uniform
 from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Factors, Form, PifaFactors, numbers
@@ -63,7 +63,7 @@ def dry_run(
 
     options  the backend's options, e.g. {"density": 0.6} or {"run": "svd-0.6-..."}; nothing is compressed or written
 
-    Predicted times are shown where the machine has a profile (``cost.profile``; ``pifa bench kernels`` makes one).
+    Predicted times are shown where the machine has a profile (``machine.profile``; ``pifa bench kernels`` makes one).
     """
     settings = resolve(None, options)
     report = DryRun()
@@ -101,17 +101,18 @@ def _predicted(site: LinearSite, state: str) -> dict[str, float]:
     """Milliseconds of one call of the layer, dense and as planned, where this machine's profile is known."""
     x = _torch.fake_value(site.x)
     form = state.partition(",")[0]
-    if not isinstance(x, torch.Tensor) or site.shape is None or form not in cost.STEPS or x.dtype not in cost.DTYPES:
+    if not isinstance(x, torch.Tensor) or site.shape is None or form not in cost.STEPS or x.dtype not in machine.DTYPES:
         return {}
-    profile = cost.profile(x.device, measure=False)
+    profile = machine.profile(x.device, measure=False)
     if profile is None or not all(type(size) is int for size in x.shape):
         return {}
     (m, n), whole = site.shape, site.shape[0]
     tokens = x.numel() // n
     if site.rows is not None and site.record is not None:  # a layer's share of what it does together with others
         whole = site.record.shape[0]
-    after = cost.time(form, tokens, whole, n, site.rank or 0, x.dtype, profile) * m / whole
-    return {"ms_before": 1e3 * cost.time("dense", tokens, m, n, 0, x.dtype, profile), "ms_after": 1e3 * after}
+    dtype = _torch.dtype_name(x.dtype)
+    after = cost.time(form, tokens, whole, n, site.rank or 0, dtype, profile) * m / whole
+    return {"ms_before": 1e3 * cost.time("dense", tokens, m, n, 0, dtype, profile), "ms_after": 1e3 * after}
 
 
 def _plan_pairs(store: Store, pairs: Sequence[Pair], values: Mapping[fx.Node, Any]) -> list[Factors]:

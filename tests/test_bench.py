@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pifa_compile import cli, cost
+from pifa_compile import machine as machines
 from pifa_compile.bench import kernels, models, report, shapes, timing
 from pifa_compile.bench.factors import put_random_factors
 from pifa_compile.errors import InputError
@@ -19,9 +20,9 @@ from pifa_compile.store import Store
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine that need not be measured, and shapes that are small."""
-    rates = dict.fromkeys(("float32", "bfloat16", "float16"), 1e11)
-    profile = cost.Profile(cost.device_name(), 1e10, rates, 1e9, 1e-5)
-    monkeypatch.setattr(cost, "measure_profile", lambda device="cpu": profile)
+    rates = {name: {1: 1e11} for name in ("float32", "bfloat16", "float16")}
+    profile = cost.Profile(machines.device_name(), 1e10, rates, 1e9, 1e-5)
+    monkeypatch.setattr(machines, "measure_profile", lambda device="cpu": profile)
     monkeypatch.setitem(shapes.SHAPES, "tiny", {"square": (64, 64), "flat": (48, 8)})
     monkeypatch.setitem(models.BLOCKS, "tiny", lambda: models.Block(64, 96))
     monkeypatch.setitem(models.RANDOM, "tiny", {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
@@ -39,6 +40,16 @@ def test_turns_give_a_median_for_each():
     assert min(calls.values()) >= 3
 
 
+def test_cold_turns_read_other_memory_before_each_call(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing, "BEYOND_CACHES", 8)
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self: events.append("other"))
+    taken = timing.in_turns({"a": lambda: events.append("call")}, rounds=2, seconds=1e-4, cold=True)
+    assert taken["a"] > 0
+    timed = events[events.index("other") :]
+    assert timed == ["other", "call"] * (len(timed) // 2) and len(timed) >= 4
+
+
 def test_kernels_show_every_form_and_check_it(tmp_path):
     found = kernels.bench_kernels(["tiny"], tokens=(2,), dtypes=(torch.bfloat16,), freezing=(False,), rounds=1)
     assert {row["freezing"] for row in found.rows} == {False}
@@ -48,6 +59,7 @@ def test_kernels_show_every_form_and_check_it(tmp_path):
     assert all(row["right"] and row["of roof"] > 0 for row in found.rows)
     assert all(row["of dense"] == 1 for row in found.rows if row["form"] == "dense")
     assert {row["rank"] for row in found.rows} == {32, 4}
+    assert {row["caches"] for row in found.rows} == {"cold"}
     found.save(tmp_path / "results" / "rows.json")
     data = json.loads((tmp_path / "results" / "rows.json").read_text())
     assert len(data["rows"]) == 9 and data["machine"]["threads"] == torch.get_num_threads()
@@ -111,3 +123,4 @@ def test_the_command(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows"] == json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert cli.main(["bench", "model", "tiny", "--plot", str(tmp_path)]) == cli.USAGE
+    assert cli.main(["bench", "layers", "tiny", "--warm"]) == cli.USAGE

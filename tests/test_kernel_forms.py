@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pifa_compile import cost
 from pifa_compile.kernels import kernel_forms as forms
 from pifa_compile.kernels import lowering, tile_tables
 
@@ -34,21 +35,23 @@ def test_every_form_has_a_lowering():
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
 def test_the_cost_prefers_fewer_launches_and_bytes(tokens):
-    rates = tile_tables.table_for(H200).rates
-    assert forms.roofline("tail", call(tokens), rates) < forms.roofline("gather", call(tokens), rates)
+    profile = tile_tables.table_for(H200).rates.profile(H200)
+    times = [cost.time(form, tokens, 4096, 4096, 1200, "bfloat16", profile) for form in ("tail", "gather")]
+    assert times == sorted(times)
     assert forms.form_for(call(tokens)) == "tail"
 
 
 def test_the_cost_is_the_roof_of_each_launch():
-    rates = tile_tables.Rates(1e3, {"bfloat16": 1e4}, 7.0, "")
+    profile = tile_tables.Rates(1e3, {"bfloat16": 1e4}, 7.0, "").profile("a card")
     m, n, r, tokens = 30, 20, 10, 2
     head = max(2 * (tokens * (n + r) + r * n) / 1e3, 2 * tokens * r * n / 1e4)
     tail = max(2 * (tokens * (r + m) + (m - r) * r) / 1e3, 2 * tokens * (m - r) * r / 1e4)
-    assert forms.roofline("tail", call(tokens, m, n, r), rates) == pytest.approx(14 + head + tail)
+    assert cost.time("tail", tokens, m, n, r, "bfloat16", profile) == pytest.approx(14 + head + tail)
 
 
-def test_another_cost_may_be_given():
-    assert forms.form_for(call(), cost=lambda form, call, rates: float(form == "tail")) == "gather"
+def test_the_cost_decides_by_the_rates_of_the_device(monkeypatch):
+    monkeypatch.setattr(forms, "fastest", lambda named, N, m, n, r, dtype, profile: (named, dtype, profile)[0][-1])
+    assert forms.form_for(call()) == "gather"
 
 
 @pytest.mark.parametrize("form", ["gather", "relay"])

@@ -39,6 +39,7 @@ ROOMS = (
     {
         "pifa_compile.cost",
         "pifa_compile.loaded",
+        "pifa_compile.machine",
         "pifa_compile.reports",
         "pifa_compile.selection",
         "pifa_compile.staleness",

@@ -23,6 +23,7 @@ from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.shapes import shapes
 from pifa_compile.bench.timing import in_turns
 from pifa_compile.factors import density_of_rank, rank_for_density
+from pifa_compile.machine import profile
 from pifa_compile.store import Store
 
 #: Relative error of the output that rounding alone explains.
@@ -42,15 +43,18 @@ def bench_kernels(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     freezing: Sequence[bool] = (False, True),
     rounds: int = 5,
+    cold: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Time every form of every shape of the named sets.
 
     density  of the rank that pair and PIFA share; None: half of the smaller side
+    cold     weights come from memory in each call, as in a model; else from a cache, where it holds them
     """
-    report = Report(f"forms of one layer at equal rank, medians of {rounds} turns", COLUMNS)
-    machine = cost.profile()
-    assert machine is not None
+    caches = "cold" if cold else "warm"
+    report = Report(f"forms of one layer at equal rank, caches {caches}, medians of {rounds} turns", COLUMNS)
+    known_machine = profile()
+    assert known_machine is not None
     for (name, (m, n)), dtype in product(_named(sets), dtypes):
         r = min(m, n) // 2 if density is None else rank_for_density(m, n, density, 16)
         if r == 0:
@@ -61,7 +65,8 @@ def bench_kernels(
             layers = _candidates(m, n, r, dtype, Path(folder))
             for frozen, N in product(freezing, tokens):
                 known = {"layer": name, "m": m, "n": n, "rank": r, "dtype": _torch.dtype_name(dtype), "N": N}
-                report.rows += _rows(layers, known | {"freezing": frozen}, dtype, machine, rounds)
+                known |= {"freezing": frozen, "caches": caches}
+                report.rows += _rows(layers, known, dtype, known_machine, rounds)
     wrong = sum(row["flag"] != "" for row in report.rows)
     report.notes.append(f"{wrong} of {len(report.rows)} predictions are wrong by more than {WRONG}")
     return report
@@ -102,7 +107,7 @@ def _candidates(m: int, n: int, r: int, dtype: torch.dtype, folder: Path) -> dic
 def _rows(
     layers: dict[str, _Candidate], known: Row, dtype: torch.dtype, machine: cost.Profile, rounds: int
 ) -> list[Row]:
-    m, n, r, N = (known[key] for key in ("m", "n", "rank", "N"))
+    m, n, r, N, kind = (known[key] for key in ("m", "n", "rank", "N", "dtype"))
     x = torch.randn(N, n, generator=torch.Generator().manual_seed(1)).to(dtype)
     runs, errors = {}, {}
     torch.compiler.reset()
@@ -113,17 +118,17 @@ def _rows(
             with _torch.freezing(known["freezing"] and layer.store is None):  # else Dynamo hides the weights from us
                 errors[name] = float((run().double() - wanted).norm() / wanted.norm())
             runs[name] = run
-        taken = in_turns(runs, rounds=rounds)
+        taken = in_turns(runs, rounds=rounds, cold=known["caches"] == "cold")
     rows = []
     for name, layer in layers.items():
         form, seconds = layer.form, taken[name]
-        predicted = cost.time(form, N, m, n, r, dtype, machine)
+        predicted = cost.time(form, N, m, n, r, kind, machine)
         off = max(seconds / predicted, predicted / seconds)
-        moved, flop = cost.work(form, N, m, n, r, dtype)
+        moved, flop = cost.work(form, N, m, n, r, kind)
         rows.append(
             known
             | {"form": name, "ms": seconds * 1e3, "of dense": seconds / taken["dense"]}
-            | {"of pair": seconds / taken["pair"], "of roof": cost.roof(form, N, m, n, r, dtype, machine) / seconds}
+            | {"of pair": seconds / taken["pair"], "of roof": cost.roof(form, N, m, n, r, kind, machine) / seconds}
             | {"ms predicted": predicted * 1e3, "flag": f"wrong x{off:.1f}" if off > WRONG else ""}
             | {"error": errors[name], "right": errors[name] < TOLERANCE[dtype], "bytes": moved, "flop": flop}
             | {"density": 1.0 if name == "dense" else density_of_rank(m, n, r, "pair" if name == "pair" else "pifa")}

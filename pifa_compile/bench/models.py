@@ -57,7 +57,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A Llama-shaped block: attention with heads of 64 and a gated MLP, each behind a norm and beside a residual."""
+    """A Llama-shaped block: attention with heads of 64 and a gated MLP, each behind a norm and beside a residual.
+
+    x has a batch dimension, as in a model: without it attention is no fused kernel.
+    """
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -67,9 +70,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norms[0](x)
-        q, k, v = (p(h).unflatten(-1, (-1, 64)).transpose(0, 1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(h).unflatten(-1, (-1, 64)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o_proj(attended.transpose(0, 1).flatten(1))
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         out: Tensor = x + self.mlp(self.norms[1](x))
         return out
 
@@ -94,7 +97,10 @@ def bench_layers(
     rounds: int = 5,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Time named blocks of layers, transparent through the backend, with random factors of the density's ranks."""
+    """Time named blocks of layers, transparent through the backend, with random factors of the density's ranks.
+
+    N  tokens, in one sequence
+    """
     report = Report(f"blocks of layers, medians of {rounds} turns", LAYER_COLUMNS)
     for name, dtype in product(blocks, dtypes):
         if name not in BLOCKS:
@@ -103,7 +109,7 @@ def bench_layers(
         torch.manual_seed(0)
         model = BLOCKS[name]().to(dtype).requires_grad_(False).eval()
         width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
-        inputs = {N: {"x": torch.randn(N, width).to(dtype)} for N in tokens}
+        inputs = {N: {"x": torch.randn(1, N, width).to(dtype)} for N in tokens}
         report.rows += _compare(name, model, inputs, density, freezing, rounds)
     return report
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from pifa_compile import cost
 from pifa_compile.errors import InputError
+from pifa_compile.machine import device_name
 
 Row = dict[str, Any]
 
@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ("pifa-compile", "torch", "triton", "transformers")
     return {
-        "device": cost.device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
