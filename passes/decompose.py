@@ -28,6 +28,10 @@ from pifa_compile.kernels import op
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, cast, in_place_of, take_place
 from pifa_compile.passes.replace import Buffers, output_dtype
 
+#: Rows in so few runs of neighbours are copied as slices, not gathered. Two: y_p and y_np as they are. Three: an order
+#: that two layers have in common, see ``fold.py``.
+FEW_RUNS = 4
+
 #: Sizes of aligned groups of output rows, largest first, that are gathered as one.
 GROUPS = (32, 16, 8)
 
@@ -164,9 +168,11 @@ def last_features(graph: fx.Graph, y: fx.Node, start: int, stop: int) -> fx.Node
 def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: int | None, buffers: Buffers) -> fx.Node:
     """[y_p, y_np] with its features in the order of the rows, plus the bias; ``dimensions`` of it, None if unknown."""
     y, positions = rows.y_p, rows.positions
-    if positions.shape[0] > rows.r:
-        y = graph.call_function(torch.cat, ([rows.y_p, rows.y_np], -1))
-    if not is_ascending(positions):
+    runs = runs_of(positions, rows.r)
+    if len(runs) <= FEW_RUNS:
+        y = _side_by_side(graph, [_slice(graph, rows, *run) for run in runs])
+    else:
+        y = _side_by_side(graph, [rows.y_p] if positions.shape[0] == rows.r else [rows.y_p, rows.y_np])
         group = group_size(positions)
         if group > 1:
             groups = buffers.get((positions[::group] // group).contiguous(), "group_order")
@@ -181,9 +187,21 @@ def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: in
     return y if bias is None else graph.call_function(torch.add, (y, bias))
 
 
-def is_ascending(positions: Tensor) -> bool:
-    """Whether the output rows already stand in their order, so that nothing need be gathered."""
-    return bool((positions[1:] > positions[:-1]).all())
+def _side_by_side(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:
+    return parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (list(parts), -1))
+
+
+def _slice(graph: fx.Graph, rows: _Rows, start: int, stop: int) -> fx.Node:
+    """Places ``start`` to ``stop`` of [y_p, y_np], all of which are in one of the two."""
+    r, m = rows.r, rows.positions.shape[0]
+    y, start, stop, whole = (rows.y_p, start, stop, r) if start < r else (rows.y_np, start - r, stop - r, m - r)
+    return y if (start, stop) == (0, whole) else last_features(graph, y, start, stop)
+
+
+def runs_of(positions: Tensor, r: int) -> list[tuple[int, int]]:
+    """The positions (m, a permutation) as runs (start, stop) of neighbours, none of which goes on from y_p to y_np."""
+    ends = ((positions[1:] != positions[:-1] + 1) | (positions[1:] == r)).nonzero().flatten() + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in positions.tensor_split(ends.cpu())]
 
 
 def group_size(positions: Tensor) -> int:

@@ -6,9 +6,18 @@
 
 Between the layers that write the m features and those that read them stand only operations on single features
 (activations, products, sums, casts), so one order of the features is as good as another: it moves into the columns of
-the readers, which is exact up to the order of a sum. Of several writers (gate and up) the first keeps its factors'
-order and needs no gather; the others are brought into it by one gather each, in place of their own. Layers that were
-factored together are such writers too: each is a range of rows of one operator, and its order is that of its range.
+the readers, which is exact up to the order of a sum.
+
+Two writers (gate and up) need no pivots in common to have an order in common. Pivots may stand in any order among
+themselves, and so may the other rows, so the features are put in the order
+
+    pivots of gate alone | pivots of both | pivots of up alone | pivots of neither
+    gate: y_p ........................... | y_np .................................
+    up:   y_np, its first part | y_p ...................... | y_np, the rest
+
+and each output is a concatenation of slices. Of three writers and more the others are brought into that order by one
+gather each, in place of their own. Layers that were factored together are such writers too: each is a range of rows of
+one operator, and its order is that of its range.
 
 Not folded: the residual stream, which norms and the next blocks read in order; values of attention, as a head is a
 contiguous range of features over which a layer's pivots are spread; and prepared layers, which own their factors, so
@@ -18,7 +27,7 @@ that a folded copy would be a second one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,11 +50,12 @@ class Writer:
     stop: int
 
     @property
-    def order(self) -> Tensor:
-        """Entry i is the feature at place i of [pivots, others] of the rows."""
+    def pivots(self) -> Tensor | None:
+        """The features that are pivots, in their order in y_p; None for a pair, which writes any order alike."""
         factors = self.sites[0].factors
-        assert isinstance(factors, PifaFactors)
-        rows = factors.row_order
+        if not isinstance(factors, PifaFactors):
+            return None
+        rows = factors.row_order[: factors.rank].to(torch.int64)
         return rows[(rows >= self.start) & (rows < self.stop)] - self.start
 
 
@@ -83,7 +93,7 @@ def fold(gm: fx.GraphModule, context: Context) -> PassResult:
         region = Region()
         reason = _grow(region, node, layers)
         if reason is None:
-            _fold(region, writer.order, buffers, context)
+            _fold(region, _common_order(region), buffers, context)
             seen |= region.nodes
             folded += 1
         else:
@@ -185,10 +195,24 @@ _SIZES = frozenset({"size", "dim"})
 # --- the fold itself -------------------------------------------------------------------------------------------------
 
 
+def _common_order(region: Region) -> Tensor:
+    """The features (m) in an order in which the first two writers with pivots write slices of y_p and y_np."""
+    found = [(w.stop - w.start, pivots) for w in region.writers.values() if (pivots := w.pivots) is not None]
+    m = found[0][0]
+    in_first, in_second = (torch.zeros(m, dtype=torch.bool) for _ in range(2))
+    in_first[found[0][1].cpu()] = True
+    if len(found) > 1:
+        in_second[found[1][1].cpu()] = True
+    kinds = in_first & ~in_second, in_first & in_second, in_second & ~in_first, ~(in_first | in_second)
+    return torch.cat([kind.nonzero().flatten() for kind in kinds]).to(found[0][1].device)
+
+
 def _fold(region: Region, order: Tensor, buffers: Buffers, context: Context) -> None:
     """Have every writer write feature order[i] at place i, and every reader expect it there."""
     for writer in region.writers.values():
         _write_in(order, writer, buffers, context)
+    for sites in {w.sites[0].node: w.sites for w in region.writers.values()}.values():
+        _sort_rows(sites, buffers)
     for call, site in region.readers.items():
         _read_in(order, call, site, buffers)
 
@@ -211,6 +235,33 @@ def _write_in(order: Tensor, writer: Writer, buffers: Buffers, context: Context)
         with in_place_of(node):
             rows = buffers.get(site.factors.left, "left")
         node.args = (node.args[0], rows, bias)
+
+
+def _sort_rows(sites: Sequence[LinearSite], buffers: Buffers) -> None:
+    """Put the pivots in the order in which they are written, and the other rows as well."""
+    node, factors = sites[0].node, sites[0].factors
+    if not isinstance(factors, PifaFactors):
+        return
+    place, r = factors.row_order, factors.rank
+    pivots, others = torch.argsort(place[:r]), torch.argsort(place[r:])
+    if all(bool((order[1:] > order[:-1]).all()) for order in (pivots, others)):
+        return
+
+    def moved(name: str, given: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        return derived(name, [given, place], make)
+
+    old = factors.pivot_rows, factors.coefficients
+    factors = replace(
+        factors,
+        pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots]),
+        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous()),
+        row_order=moved("rows in order", place, lambda: torch.cat([place[:r][pivots], place[r:][others]])),
+    )
+    for site in sites:
+        site.factors = factors
+    with in_place_of(node):
+        given = [buffers.get(tensor, name) for name, tensor in factors.tensors().items() if name != "bias"]
+    node.args = (node.args[0], *given, *node.args[4:])
 
 
 def _places(given: Tensor, order: Tensor, start: int, stop: int) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import pifa_compile
-from pifa_compile import Svd
+from pifa_compile import Svd, _torch
 from pifa_compile.factors import PifaFactors
-from pifa_compile.passes.decompose import GROUPS, group_size, is_ascending
+from pifa_compile.modules import PifaLinear
+from pifa_compile.passes.decompose import FEW_RUNS, GROUPS, group_size, runs_of
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -33,8 +34,27 @@ def test_pivots_first_in_ascending_order_need_no_gather():
     def factors(order):
         return PifaFactors(torch.randn(2, 5), torch.randn(4, 2), torch.tensor(order, dtype=torch.int32))
 
-    assert is_ascending(factors([0, 1, 2, 3, 4, 5]).gather_order)
-    assert not is_ascending(factors([1, 0, 2, 3, 4, 5]).gather_order)
+    assert runs_of(factors([0, 1, 2, 3, 4, 5]).gather_order, 2) == [(0, 2), (2, 6)]
+    assert runs_of(factors([1, 0, 2, 3, 4, 5]).gather_order, 2) == [(1, 2), (0, 1), (2, 6)]
+    assert runs_of(factors([2, 3, 0, 1, 4, 5]).gather_order, 2) == [(2, 4), (0, 2), (4, 6)]
+    assert runs_of(torch.arange(3), 3) == [(0, 3)]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [2, 3, 0, 1, 4, 5], [4, 5, 0, 1, 2, 3], [5, 1, 0, 2, 4, 3]])
+def test_rows_in_few_runs_are_slices_side_by_side(order, relative, applied):
+    made = PifaFactors(torch.randn(2, 5), torch.randn(4, 2), torch.tensor(order, dtype=torch.int32))
+    model, x, graphs = PifaLinear(made), torch.randn(3, 5), []
+
+    def recording(gm, example_inputs):
+        compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager"})
+        graphs.append(gm.graph)
+        return compiled
+
+    with torch.no_grad():
+        y = torch.compile(model, backend=recording)(x)
+    assert relative(y, applied(made, x)) < 1e-6
+    gathers = [n for n in graphs[0].nodes if n.target in (_torch.unchecked_index(), torch.index_select)]
+    assert bool(gathers) == (len(runs_of(made.gather_order, 2)) > FEW_RUNS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
