@@ -106,6 +106,21 @@ def test_a_model_end_to_end_and_names_that_nobody_knows():
         models.bench_layers(["blok-2048"])
 
 
+def test_compiling_tells_hashing_and_reading_apart(monkeypatch, tmp_path):
+    torch.manual_seed(0)  # as in the process that compiles
+    put_random_factors(models._model("tiny", None), 0.6, Store(tmp_path / "factors"))
+    original = Store.factors
+    found = models.compile_once("tiny", "pifa", tmp_path / "factors")
+    assert found["s hashing"] > 0 and found["s reading"] > 0
+    assert found["s"] > found["s hashing"] + found["s reading"]
+    assert Store.factors is original
+    given = iter([found | {"s": s} for s in (4.0, 2.0, 3.0, 1.0)])  # inductor cold, warm, ours cold, warm
+    monkeypatch.setattr(models, "_in_child", lambda *arguments: next(given))
+    rows = models.bench_compile("tiny", rounds=1).rows
+    assert [(row["caches"], row["of dense"]) for row in rows] == [("cold", 0.75), ("warm", 0.5)]
+    assert all(row["s reading"] == found["s reading"] for row in rows)
+
+
 def test_plots_are_drawn_or_say_what_they_need(tmp_path):
     found = kernels.bench_kernels(["tiny"], tokens=(1, 2), dtypes=(torch.float32,), freezing=(False,), rounds=1)
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,11 +26,12 @@ from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.timing import in_turns
 from pifa_compile.errors import InputError, did_you_mean
 from pifa_compile.loading import load_model
+from pifa_compile.passes import lookup
 from pifa_compile.prepare import apply_, restore_
 from pifa_compile.store import Store
 
 LAYER_COLUMNS = ("model", "dtype", "density", "N", "freezing", "ms dense", "ms", "of dense", "error", "right")
-COMPILE_COLUMNS = ("model", "caches", "s dense", "s", "of dense")
+COMPILE_COLUMNS = ("model", "caches", "s dense", "s", "of dense", "s hashing", "s reading")
 
 
 class GatedMlp(nn.Module):
@@ -186,6 +189,7 @@ def _error(found: Any, wanted: Any) -> float:
 RANDOM: dict[str, dict[str, Any]] = {
     "random-llama-256": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
     "random-llama-1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4},
+    "random-llama-1024x16": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16},
 }
 
 
@@ -204,21 +208,21 @@ def _model(name: str, dtype: torch.dtype | None) -> nn.Module:
 # --- compile time ----------------------------------------------------------------------------------------------------
 
 _CHILD = """
-import sys, time
+import json, sys
 from pathlib import Path
-import torch
 from pifa_compile.bench.models import compile_once
-print(compile_once(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
+print(json.dumps(compile_once(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
 """
 
 
 def bench_compile(name: str, *, rounds: int = 3, say: Callable[[str], None] = lambda _: None) -> Report:
     """Seconds of the first call, cold and warm (caches on disk), against plain Inductor; factors are in the store.
 
-    Every call is in a process of its own, with caches of its own; imports are not counted.
+    Every call is in a process of its own, with caches of its own; imports are not counted. Of our seconds those are
+    shown apart in which weights are hashed and factors are read and verified: they grow with the model's bytes.
     """
     report = Report(f"seconds of the first call, medians of {rounds} processes", COMPILE_COLUMNS)
-    taken: dict[tuple[str, str], list[float]] = {}
+    taken: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         torch.manual_seed(0)
@@ -229,28 +233,56 @@ def bench_compile(name: str, *, rounds: int = 3, say: Callable[[str], None] = la
                 say(f"{backend}, {state}, {turn + 1} of {rounds}")
                 taken.setdefault((backend, state), []).append(_in_child(name, backend, store, caches))
     for state in ("cold", "warm"):
-        dense, ours = (median(taken[backend, state]) for backend in ("inductor", "pifa"))
-        report.rows.append({"model": name, "caches": state, "s dense": dense, "s": ours, "of dense": ours / dense})
+        dense, ours = (
+            {key: median(seconds[key] for seconds in taken[backend, state]) for key in ("s", "s hashing", "s reading")}
+            for backend in ("inductor", "pifa")
+        )
+        known = {"model": name, "caches": state, "s dense": dense["s"], "of dense": ours["s"] / dense["s"]}
+        report.rows.append(known | ours)
     return report
 
 
-def _in_child(name: str, backend: str, store: Path, caches: Path) -> float:
+def _in_child(name: str, backend: str, store: Path, caches: Path) -> dict[str, float]:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches)}
     command = [sys.executable, "-c", _CHILD, name, backend, str(store)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"the process that compiles ended with {done.returncode}: {done.stderr[-500:]}")
-    return float(done.stdout.split()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def compile_once(name: str, backend: str, store: Path) -> float:
-    """Seconds of the first call of the compiled model in this process."""
+def compile_once(name: str, backend: str, store: Path) -> dict[str, float]:
+    """Seconds of the first call of the compiled model in this process, and of what in it grows with the bytes."""
     _torch.inductor()  # its import takes seconds, which are not the question
     torch.manual_seed(0)
     model, ids = _model(name, None), torch.ones(1, 64, dtype=torch.int64)
     options: dict[str, Any] | None = {"store": str(store)} if backend == "pifa" else None
     compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
-    with torch.no_grad():
+    found = {"s hashing": 0.0, "s reading": 0.0}
+    hashing = _timing(lookup, "digest_many", found, "s hashing")
+    reading = _timing(Store, "factors", found, "s reading")
+    with torch.no_grad(), hashing, reading:
         begun = time.perf_counter()
         compiled(input_ids=ids)
-        return time.perf_counter() - begun
+        return found | {"s": time.perf_counter() - begun}
+
+
+@contextmanager
+def _timing(owner: Any, name: str, found: dict[str, float], key: str) -> Iterator[None]:
+    """Inside, the seconds of calls of a function are added to ``found[key]``."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            found[key] += time.perf_counter() - begun
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
