@@ -260,23 +260,22 @@ def _bench(options: argparse.Namespace) -> int:
     if what != "kernels" and (options.plot is not None or options.warm):
         raise OptionError("--plot and --warm are for kernels")
     dtypes = [_dtype(name) for name in options.dtype or ("float32", "bfloat16")]
+    density: dict[str, Any] = {} if options.density is None else {"densities": options.density}
     freezing = {"off": (False,), "on": (True,), "both": (False, True)}[options.freezing]
     shared = {"dtypes": dtypes, "freezing": freezing} | ({"tokens": options.tokens} if options.tokens else {})
     if what == "kernels":
         names, cold = options.names or ["square-2048"], not options.warm
-        report = bench_kernels(names, density=options.density, cold=cold, **shared, **given)
+        report = bench_kernels(names, cold=cold, **density, **shared, **given)
     elif what == "layers":
-        density = {} if options.density is None else {"density": options.density}
         report = bench_layers(options.names or ["gated-2048", "block-2048"], **density, **shared, **given)
     else:
         (name,) = options.names or ["random-llama-256"]
         if what == "compile":
             report = bench_compile(name, **given)
         else:
-            densities = (0.8, 0.6) if options.density is None else (options.density,)
             dtype = dtypes[0] if options.dtype else None
             batches = options.tokens or (1, 32)
-            report = bench_model(name, densities=densities, batches=batches, dtype=dtype, freezing=freezing, **given)
+            report = bench_model(name, batches=batches, dtype=dtype, freezing=freezing, **density, **given)
     if options.out is not None:
         report.save(options.out)
     if options.plot is not None:
@@ -378,7 +377,8 @@ def _parser() -> argparse.ArgumentParser:
     names = "kernels: sets of shapes (llama-2-7b, minilm, square-2048, ...); layers: blocks (gated-2048, ...); "
     names += "model and compile: a directory, a Hugging Face id, or random-llama-256"
     bench.add_argument("names", nargs="*", help=names)
-    bench.add_argument("--density", type=float, help="default: rank of half the smaller side; 0.55; 0.8 and 0.6")
+    density = "default: rank of half the smaller side; 0.55; 0.8 and 0.6"
+    bench.add_argument("--density", type=float, nargs="+", metavar="DENSITY", help=density)
     bench.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="tokens; of a model, sequences")
     bench.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be repeated")
     bench.add_argument("--freezing", choices=("off", "on", "both"), default="off", help="Inductor's (default: off)")

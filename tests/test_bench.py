@@ -82,8 +82,8 @@ def test_a_wrong_form_gets_no_tick(monkeypatch):
 
 def test_blocks_run_through_the_backend_with_factors_of_the_density():
     torch.manual_seed(0)
-    found = models.bench_layers(["tiny"], density=0.6, tokens=(3,), dtypes=(torch.float32,), freezing=(False, True),
-                                rounds=1)  # fmt: skip
+    settings = {"densities": (0.6,), "tokens": (3,), "dtypes": (torch.float32,), "rounds": 1}
+    found = models.bench_layers(["tiny"], freezing=(False, True), **settings)
     assert [row["freezing"] for row in found.rows] == [False, True]
     assert all(row["right"] and row["error"] < 1e-5 for row in found.rows)
 
@@ -122,14 +122,18 @@ def test_compiling_tells_hashing_and_reading_apart(monkeypatch, tmp_path):
 
 
 def test_plots_are_drawn_or_say_what_they_need(tmp_path):
-    found = kernels.bench_kernels(["tiny"], tokens=(1, 2), dtypes=(torch.float32,), freezing=(False,), rounds=1)
+    densities = (0.45, 0.8)
+    found = kernels.bench_kernels(
+        ["tiny"], densities=densities, tokens=(2,), dtypes=(torch.float32,), freezing=(False,), rounds=1
+    )
+    assert len({round(row["density"], 1) for row in found.rows if row["form"] == "pifa"}) == 2
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         with pytest.raises(InputError, match="pifa-compile\\[plot\\]"):
             report.plot(found, tmp_path)
     else:
-        assert [path.name for path in report.plot(found, tmp_path)] == ["speedup.png", "roofline.png"]
+        assert [path.name for path in report.plot(found, tmp_path)] == ["tokens.png", "density.png", "roofline.png"]
 
 
 def test_the_command(capsys, tmp_path):

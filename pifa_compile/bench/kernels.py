@@ -38,7 +38,7 @@ COLUMNS = ("layer", "m", "n", "rank", "dtype", "N", "freezing", "form", "ms", "o
 def bench_kernels(
     sets: Sequence[str],
     *,
-    density: float | None = None,
+    densities: Sequence[float] = (),
     tokens: Sequence[int] = (1, 16, 128, 512),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     freezing: Sequence[bool] = (False, True),
@@ -48,14 +48,15 @@ def bench_kernels(
 ) -> Report:
     """Time every form of every shape of the named sets.
 
-    density  of the rank that pair and PIFA share; None: half of the smaller side
-    cold     weights come from memory in each call, as in a model; else from a cache, where it holds them
+    densities  of the ranks that pair and PIFA share; none: half of the smaller side
+    cold       weights come from memory in each call, as in a model; else from a cache, where it holds them
     """
     caches = "cold" if cold else "warm"
     report = Report(f"forms of one layer at equal rank, caches {caches}, medians of {rounds} turns", COLUMNS)
     known_machine = profile()
     assert known_machine is not None
-    for (name, (m, n)), dtype in product(_named(sets), dtypes):
+    wanted: Sequence[float | None] = densities or [None]
+    for (name, (m, n)), dtype, density in product(_named(sets), dtypes, wanted):
         r = min(m, n) // 2 if density is None else rank_for_density(m, n, density, 16)
         if r == 0:
             report.notes.append(f"{name}: no rank keeps {density:g} of a {m} x {n} weight")

@@ -93,7 +93,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 def bench_layers(
     blocks: Sequence[str],
     *,
-    density: float = 0.55,
+    densities: Sequence[float] = (0.55,),
     tokens: Sequence[int] = (1, 128, 512),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     freezing: Sequence[bool] = (False, True),
@@ -113,7 +113,8 @@ def bench_layers(
         model = BLOCKS[name]().to(dtype).requires_grad_(False).eval()
         width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
         inputs = {N: {"x": torch.randn(1, N, width).to(dtype)} for N in tokens}
-        report.rows += _compare(name, model, inputs, density, freezing, rounds)
+        for density in densities:
+            report.rows += _compare(name, model, inputs, density, freezing, rounds)
     return report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -87,7 +87,7 @@ def _revision() -> str | None:
 
 
 def plot(report: Report, folder: Path) -> list[Path]:
-    """Two pictures of the rows of ``kernels``: speed-up by rank's share of the width, and the roofline.
+    """Three pictures of the rows of ``kernels``: speed-up over dense by tokens and by density, and the roofline.
 
     Raises InputError without matplotlib (the extra ``plot``).
     """
@@ -97,7 +97,7 @@ def plot(report: Report, folder: Path) -> list[Path]:
         raise InputError("plots need matplotlib: pip install 'pifa-compile[plot]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for name, draw in (("speedup", _speedup), ("roofline", _roofline)):
+    for name, draw in (("tokens", _by_tokens), ("density", _by_density), ("roofline", _roofline)):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure.add_subplot(), report.rows)
         made.append(folder / f"{name}.png")
@@ -105,16 +105,25 @@ def plot(report: Report, folder: Path) -> list[Path]:
     return made
 
 
-def _speedup(axes: Any, rows: Sequence[Row]) -> None:
+def _by_tokens(axes: Any, rows: Sequence[Row]) -> None:
+    _speedup(axes, rows, "N", lambda row: f"{row['form']}, {row['dtype']}, density {row['density']:.2f}")
+    axes.set(xscale="log", xlabel="tokens N")
+
+
+def _by_density(axes: Any, rows: Sequence[Row]) -> None:
+    _speedup(axes, rows, "density", lambda row: f"{row['form']}, {row['dtype']}, N {row['N']}")
+    axes.set(xlabel="density: numbers kept of a dense weight's")
+
+
+def _speedup(axes: Any, rows: Sequence[Row], key: str, label: Callable[[Row], str]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["form"] != "dense":
-            label = f"{row['form']}, {row['dtype']}, density {row['density']:.2f}"
-            lines.setdefault(label, []).append((row["N"], 1 / row["of dense"]))
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o", label=label, alpha=0.7)
+            lines.setdefault(label(row), []).append((row[key], 1 / row["of dense"]))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, alpha=0.7, linewidth=0.7)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens N", ylabel="speed-up over dense")
+    axes.set(ylabel="speed-up over dense")
     axes.legend(fontsize=7)
 
 
