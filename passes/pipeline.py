@@ -39,7 +39,7 @@ class Pass:
     rewrites: bool
 
 
-PIPELINE = (
+PIPELINE: tuple[Pass, ...] = (
     Pass("detect", detect, rewrites=False),  # first: everything later works on the sites it finds
     Pass("find_pairs", find_pairs, rewrites=False),  # before lookup: halves of adapters are not compressed either
     Pass("lookup", lookup, rewrites=False),  # one run for the graph, so that all its layers come from one compression

@@ -259,6 +259,8 @@ def _bench(options: argparse.Namespace) -> int:
     what, given = options.what, {"rounds": options.rounds, "say": _say}
     if what != "kernels" and (options.plot is not None or options.warm):
         raise OptionError("--plot and --warm are for kernels")
+    if what in ("kernels", "compile") and options.without:
+        raise OptionError("--without is for layers and model")
     dtypes = [_dtype(name) for name in options.dtype or ("float32", "bfloat16")]
     density: dict[str, Any] = {} if options.density is None else {"densities": options.density}
     freezing = {"off": (False,), "on": (True,), "both": (False, True)}[options.freezing]
@@ -267,7 +269,9 @@ def _bench(options: argparse.Namespace) -> int:
         names, cold = options.names or ["square-2048"], not options.warm
         report = bench_kernels(names, cold=cold, **density, **shared, **given)
     elif what == "layers":
-        report = bench_layers(options.names or ["gated-2048", "block-2048"], **density, **shared, **given)
+        report = bench_layers(
+            options.names or ["gated-2048", "block-2048"], without=options.without, **density, **shared, **given
+        )
     else:
         (name,) = options.names or ["random-llama-256"]
         if what == "compile":
@@ -275,7 +279,8 @@ def _bench(options: argparse.Namespace) -> int:
         else:
             dtype = dtypes[0] if options.dtype else None
             batches = options.tokens or (1, 32)
-            report = bench_model(name, batches=batches, dtype=dtype, freezing=freezing, **density, **given)
+            given |= {"without": options.without, "freezing": freezing}
+            report = bench_model(name, batches=batches, dtype=dtype, **density, **given)
     if options.out is not None:
         report.save(options.out)
     if options.plot is not None:
@@ -382,6 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="tokens; of a model, sequences")
     bench.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be repeated")
     bench.add_argument("--freezing", choices=("off", "on", "both"), default="off", help="Inductor's (default: off)")
+    bench.add_argument("--without", nargs="+", default=(), metavar="PASS", help="layers and model: rows without a pass")
     bench.add_argument("--warm", action="store_true", help="kernels: let caches keep the weights from call to call")
     bench.add_argument("--rounds", type=_count, default=5, help="turns that the medians are of (default 5)")
     bench.add_argument("--out", type=Path, help="write JSON with machine, versions and revision to this file")

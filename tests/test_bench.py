@@ -88,6 +88,22 @@ def test_blocks_run_through_the_backend_with_factors_of_the_density():
     assert all(row["right"] and row["error"] < 1e-5 for row in found.rows)
 
 
+def test_what_a_pass_gave_is_shown_by_rows_without_it(monkeypatch):
+    seen, original = [], models.pipeline.run_passes
+
+    def recording(gm, context, **settings):
+        seen.append([step.name for step in models.pipeline.PIPELINE])
+        return original(gm, context, **settings)
+
+    monkeypatch.setattr("pifa_compile.backend.run_passes", recording)
+    settings = {"densities": (0.6,), "tokens": (3,), "dtypes": (torch.float32,), "freezing": (False,), "rounds": 1}
+    found = models.bench_layers(["tiny"], without=("fold", "group"), **settings)
+    assert [row["without"] for row in found.rows] == ["", "fold", "group"] and all(row["right"] for row in found.rows)
+    assert [sorted({"fold", "group"} - set(names)) for names in seen] == [[], ["fold"], ["group"]]
+    with pytest.raises(InputError, match="fold, group"):
+        models.bench_layers(["tiny"], without=("replace",), **settings)
+
+
 def test_random_factors_are_a_run_like_any_other(store):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
     put_random_factors(model, 0.6, store)

@@ -26,11 +26,13 @@ from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.timing import in_turns
 from pifa_compile.errors import InputError, did_you_mean
 from pifa_compile.loading import load_model
-from pifa_compile.passes import lookup
+from pifa_compile.passes import lookup, pipeline
 from pifa_compile.prepare import apply_, restore_
 from pifa_compile.store import Store
 
-LAYER_COLUMNS = ("model", "dtype", "density", "N", "freezing", "ms dense", "ms", "of dense", "error", "right")
+LAYER_COLUMNS = (
+    "model", "dtype", "density", "N", "freezing", "without", "ms dense", "ms", "of dense", "error", "right",
+)  # fmt: skip
 COMPILE_COLUMNS = ("model", "caches", "s dense", "s", "of dense", "s hashing", "s reading")
 
 
@@ -97,12 +99,14 @@ def bench_layers(
     tokens: Sequence[int] = (1, 128, 512),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     freezing: Sequence[bool] = (False, True),
+    without: Sequence[str] = (),
     rounds: int = 5,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Time named blocks of layers, transparent through the backend, with random factors of the density's ranks.
 
-    N  tokens, in one sequence
+    N        tokens, in one sequence
+    without  names of graph passes: for each there are rows in which it is left out
     """
     report = Report(f"blocks of layers, medians of {rounds} turns", LAYER_COLUMNS)
     for name, dtype in product(blocks, dtypes):
@@ -114,7 +118,7 @@ def bench_layers(
         width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
         inputs = {N: {"x": torch.randn(1, N, width).to(dtype)} for N in tokens}
         for density in densities:
-            report.rows += _compare(name, model, inputs, density, freezing, rounds)
+            report.rows += _compare(name, model, inputs, density, freezing, rounds, without)
     return report
 
 
@@ -126,19 +130,21 @@ def bench_model(
     length: int = 64,
     dtype: torch.dtype | None = None,
     freezing: Sequence[bool] = (False,),
+    without: Sequence[str] = (),
     rounds: int = 5,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Time a model that reads text, end to end, at batches of ``length`` random tokens.
 
-    name  a directory, a Hugging Face id, or one of RANDOM: a small model with random weights
+    name     a directory, a Hugging Face id, or one of RANDOM: a small model with random weights
+    without  names of graph passes: for each there are rows in which it is left out
     """
     report = Report(f"{name} end to end, {length} tokens a sequence, medians of {rounds} turns", LAYER_COLUMNS)
     model = _model(name, dtype)
     inputs = {b: {"input_ids": torch.randint(1, 99, (b, length))} for b in batches}
     for density in densities:
         say(f"density {density:g}")
-        report.rows += _compare(name, model, inputs, density, freezing, rounds)
+        report.rows += _compare(name, model, inputs, density, freezing, rounds, without)
     report.notes.append("N counts sequences; factors are random, so this is about time alone")
     return report
 
@@ -150,7 +156,11 @@ def _compare(
     density: float,
     freezing: Sequence[bool],
     rounds: int,
+    without: Sequence[str],
 ) -> list[Row]:
+    optional = [step.name for step in pipeline.PIPELINE if step.name in OPTIONAL]
+    if unknown := sorted(set(without) - set(optional)):
+        raise InputError(f"no pass {unknown[0]!r} can be left out; those that can: {', '.join(optional)}")
     rows: list[Row] = []
     dtype = next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -161,19 +171,40 @@ def _compare(
             with torch.no_grad():
                 options: dict[str, Any] = {"store": folder, "freezing": frozen}
                 dense = torch.compile(_torch.own_frame(model), dynamic=False)
-                ours = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
-                runs = {"dense": functools.partial(dense, **given), "pifa": functools.partial(ours, **given)}
+                runs, errors = {"dense": functools.partial(dense, **given)}, {}
                 with _torch.freezing(frozen):  # of the model's own parameters, which Dynamo must know of
                     runs["dense"]()
-                error = _error(runs["pifa"](), exact(**_in_double(given)))
+                wanted = exact(**_in_double(given))
+                for left_out in ("", *without):
+                    ours = torch.compile(_torch.own_frame(model), backend="pifa", dynamic=False, options=options)
+                    runs[left_out] = functools.partial(ours, **given)
+                    with _without(left_out):
+                        errors[left_out] = _error(runs[left_out](), wanted)
                 taken = in_turns(runs, rounds=rounds, seconds=0.2)
-            rows.append(
-                {"model": name, "dtype": _torch.dtype_name(dtype), "density": density, "N": N, "freezing": frozen}
-                | {"ms dense": taken["dense"] * 1e3, "ms": taken["pifa"] * 1e3}
-                | {"of dense": taken["pifa"] / taken["dense"], "error": error}
+            known = {"model": name, "dtype": _torch.dtype_name(dtype), "density": density, "N": N, "freezing": frozen}
+            rows += [
+                known
+                | {"without": left_out, "ms dense": taken["dense"] * 1e3, "ms": taken[left_out] * 1e3}
+                | {"of dense": taken[left_out] / taken["dense"], "error": error}
                 | {"right": error < (1e-4 if dtype == torch.float32 else 5e-2)}
-            )
+                for left_out, error in errors.items()
+            ]
     return rows
+
+
+#: Passes that only make a graph faster.
+OPTIONAL = ("fold", "group", "decompose")
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Inside, graphs are compiled without the pass of this name."""
+    steps = pipeline.PIPELINE
+    pipeline.PIPELINE = tuple(step for step in steps if step.name != name)
+    try:
+        yield
+    finally:
+        pipeline.PIPELINE = steps
 
 
 def _in_double(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
