@@ -99,15 +99,22 @@ def _field(text: str) -> tuple[str, Any]:
 
 def _compress(options: argparse.Namespace) -> int:
     from pifa_compile.compression import compress
-    from pifa_compile.loading import load_model
-    from pifa_compile.recipes import recipe_for
+    from pifa_compile.loading import is_causal, load_model
+    from pifa_compile.recipes import Mpifa, Svd, recipe_for
 
     keys = ("density", "rank_multiple", "pivoting", "form", "coefficients", "skip")
     settings = {key: value for key in keys if (value := getattr(options, key)) is not None}
-    recipe = recipe_for(options.method, **dict(options.set or ()) | settings)
+    settings = dict(options.set or ()) | settings
+    recipe = recipe_for(options.method or Mpifa.method, **settings)
+    place = _device(options.device) if options.device else None
     _quiet()
     model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=options.text is not None)
-    report = compress(model, recipe, text=options.text, tokenizer=tokenizer, store=options.store, name=options.model)
+    if options.method is None and options.text is None and not is_causal(model):
+        recipe = recipe_for(Svd.method, **settings)
+        _warn("without a text, and without a language model that can write one, factors are made without data, which "
+              "loses most; give one with --text")  # fmt: skip
+    named = {"store": options.store, "name": options.model, "device": place}
+    report = compress(model, recipe, text=options.text, tokenizer=tokenizer, **named)
     _show(options, report.summary(), report)
     return DONE
 
@@ -323,8 +330,10 @@ def _parser() -> argparse.ArgumentParser:
     compress = _command(commands, "compress", _compress, "factor a model's linear layers into the store")
     _model(compress)
     compress.add_argument("--density", type=float, required=True, help="fraction of the parameters to keep, e.g. 0.6")
-    methods = "svd (default, data-free), joint (data-free), svd-llm, or mpifa (the best: calibrated, ranks by the loss)"
-    compress.add_argument("--method", default="svd", help=methods)
+    methods = "mpifa (default: calibrated, ranks by the loss), svd-llm (calibrated), joint (data-free), or svd "
+    methods += "(data-free, the default of a model that writes no text where none is given)"
+    compress.add_argument("--method", help=methods)
+    compress.add_argument("--device", help="where a calibrated method computes, block by block (default: cpu)")
     text = "calibration text for svd-llm and mpifa; a causal language model samples its own if none is given"
     compress.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     compress.add_argument("--rank-multiple", type=int, help="round ranks down to this multiple (default 16)")

@@ -405,5 +405,5 @@ def test_the_command_compresses_on_a_text(folder, store, tmp_path, capsys):
     assert "mpifa-0.5-" in capsys.readouterr().out
     (run,) = store.runs()
     assert (run.complete, run.header.calibration["source"]) == (True, "text")
-    assert main(["compress", str(folder), "--density", "0.5", "--text", str(text)]) == 1
+    assert main(["compress", str(folder), "--method", "svd", "--density", "0.5", "--text", str(text)]) == 1
     assert "uses no text" in capsys.readouterr().err

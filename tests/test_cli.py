@@ -17,6 +17,9 @@ from pifa_compile.store.writer import document_path
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
+#: The data-free method, as most of these tests are not about what a method finds.
+COMPRESS = ("compress", "--method", "svd")
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
@@ -45,7 +48,7 @@ def pifa(capsys):
 @pytest.fixture
 def run_id(pifa, llama, store):
     """A run at density 0.5 in the default store."""
-    assert pifa("compress", llama, "--density", 0.5)[0] == 0
+    assert pifa(*COMPRESS, llama, "--density", 0.5)[0] == 0
     return store.runs()[0].run_id
 
 
@@ -63,7 +66,7 @@ def failed(result, code, *words):
 
 
 def test_compress_prints_the_layers_the_run_and_the_places(pifa, llama, store):
-    code, out, err = pifa("compress", llama, "--density", 0.5)
+    code, out, err = pifa(*COMPRESS, llama, "--density", 0.5)
     (run,) = store.runs()
     assert code == 0
     assert out == f"{reports.CompressionReport(run, store.root, parameters(llama))}\n"
@@ -79,7 +82,7 @@ def parameters(folder):
 
 
 def test_compress_prints_json_alone(pifa, llama, store):
-    code, out, _ = pifa("compress", llama, "--density", 0.5, "--json")
+    code, out, _ = pifa(*COMPRESS, llama, "--density", 0.5, "--json")
     (run,) = store.runs()
     assert code == 0
     assert json.loads(out) == reports.CompressionReport(run, store.root, parameters(llama)).summary()
@@ -89,7 +92,7 @@ def test_compress_takes_the_settings_of_a_recipe(pifa, llama, tmp_path):
     place = tmp_path / "elsewhere"
     settings = ["--rank-multiple", 4, "--pivoting", "qr", "--form", "pair", "--skip", "*.q_proj", "--skip", "*.mlp.*"]
     code, out, _ = pifa(
-        "compress", llama, "--density", 0.6, "--dtype", "bfloat16", "--store", place, *settings, "--json"
+        *COMPRESS, llama, "--density", 0.6, "--dtype", "bfloat16", "--store", place, *settings, "--json"
     )
     (run,) = Store(place).runs()
     assert code == 0
@@ -108,14 +111,25 @@ def test_compress_sets_any_field_of_a_recipe(pifa, llama, tmp_path):
     recipe = run.header.recipe
     assert (recipe["joint"], recipe["rank_multiple"], recipe["pivoting"]) == (["gate+up"], 4, "lu")
     assert sum(bool(record.members) for record in run.layers) == 1
-    wrong = pifa("compress", llama, "--density", 0.5, "--store", tmp_path, "--set", "windows=4")
+    wrong = pifa(*COMPRESS, llama, "--density", 0.5, "--store", tmp_path, "--set", "windows=4")
     assert failed(wrong, cli.USAGE, "'svd'", "'windows'")
-    assert pifa("compress", llama, "--density", 0.5, "--set", "windows")[0] == cli.USAGE
+    assert pifa(*COMPRESS, llama, "--density", 0.5, "--set", "windows")[0] == cli.USAGE
+
+
+def test_compress_takes_the_best_method_that_the_model_allows(pifa, language_folder, encoder_folder, tmp_path):
+    few = ("--set", "windows=2", "--set", "window_length=16", "--rank-multiple", 1, "--device", "cpu")
+    assert pifa("compress", language_folder, "--density", 0.5, "--store", tmp_path / "a", *few)[0] == 0
+    (run,) = Store(tmp_path / "a").runs()
+    assert (run.header.recipe["method"], run.header.calibration["source"]) == ("mpifa", "self")
+    code, _, err = pifa("compress", encoder_folder, "--density", 0.5, "--store", tmp_path / "b")
+    assert code == 0 and "give one with --text" in err
+    (run,) = Store(tmp_path / "b").runs()
+    assert run.header.recipe["method"] == "svd"
 
 
 def test_a_second_compress_computes_nothing(pifa, llama, run_id):
     torch._dynamo.utils.counters.clear()
-    assert pifa("compress", llama, "--density", 0.5)[0] == 0
+    assert pifa(*COMPRESS, llama, "--density", 0.5)[0] == 0
     assert torch._dynamo.utils.counters["pifa"]["factored"] == 0
 
 
@@ -153,7 +167,7 @@ def test_a_missing_model_fails(pifa, command, model, tmp_path):
 
 def test_a_store_that_cannot_be_written_fails(pifa, llama, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    assert failed(pifa("compress", llama, "--density", 0.5, "--store", tmp_path / "file"), 1, str(tmp_path / "file"))
+    assert failed(pifa(*COMPRESS, llama, "--density", 0.5, "--store", tmp_path / "file"), 1, str(tmp_path / "file"))
 
 
 def test_an_interruption_says_that_the_work_is_kept(pifa, llama, monkeypatch):
@@ -161,7 +175,7 @@ def test_an_interruption_says_that_the_work_is_kept(pifa, llama, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pifa_compile.compression.compress", interrupt)
-    assert failed(pifa("compress", llama, "--density", 0.5), 1, "interrupted; layers that were finished are kept")
+    assert failed(pifa(*COMPRESS, llama, "--density", 0.5), 1, "interrupted; layers that were finished are kept")
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback(llama, monkeypatch):
@@ -170,7 +184,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback(llama, monkeypatch):
 
     monkeypatch.setattr("pifa_compile.compression.compress", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["compress", llama, "--density", "0.5"])
+        cli.main([*COMPRESS, llama, "--density", "0.5"])
 
 
 # --- dry-run ----------------------------------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ def test_an_unknown_run_fails_in_a_line(pifa, llama, run_id):
 
 
 def test_several_runs_that_fit_are_listed(pifa, llama, run_id, store):
-    assert pifa("compress", llama, "--density", 0.6)[0] == 0
+    assert pifa(*COMPRESS, llama, "--density", 0.6)[0] == 0
     assert failed(pifa("dry-run", llama), 1, "2 compression runs fit", *(run.run_id for run in store.runs()))
 
 
@@ -299,7 +313,7 @@ def test_a_damaged_run_is_told(pifa, run_id, store):
 
 def test_a_store_of_a_newer_version_fails(pifa, llama, run_id, store):
     (store.root / "store.json").write_text('{"format": "pifa-compile store", "version": 2}')
-    for arguments in (["inspect"], ["inspect", run_id, "--verify"], ["compress", llama, "--density", 0.5]):
+    for arguments in (["inspect"], ["inspect", run_id, "--verify"], [*COMPRESS, llama, "--density", 0.5]):
         assert failed(pifa(*arguments), 1, "version of the store is 2, this version knows 1; update pifa-compile")
 
 
