@@ -7,8 +7,12 @@ token outputs: similarity of sentence embeddings to the dense model's, and how o
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +20,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from pifa_compile import _torch
+from pifa_compile.compression.layer import versions
 from pifa_compile.digest import digest_many
-from pifa_compile.errors import InputError, UnknownRunError
+from pifa_compile.errors import InputError, StoreError, UnknownRunError
 from pifa_compile.evaluation import (
     embed,
     neighbour_agreement,
@@ -29,7 +35,7 @@ from pifa_compile.evaluation import (
 from pifa_compile.layers import linear_weights
 from pifa_compile.loading import is_causal
 from pifa_compile.prepare import apply_
-from pifa_compile.store import Run, Store
+from pifa_compile.store import Evaluation, Run, Store
 
 #: A line of text this short is no sentence to embed.
 SHORTEST = 20
@@ -121,6 +127,39 @@ def evaluate(
         figures = {label: task.measure(variant) for label, task in tasks.items()}
         variants.append(Variant(run.run_id, run.density, _model_density(run, model), figures))
     return Quality(name or type(model).__name__, {label: task.protocol for label, task in tasks.items()}, variants)
+
+
+def keep_figures(
+    found: Quality, runs: Sequence[tuple[Store, Run]], texts: Mapping[str, str], model: nn.Module
+) -> None:
+    """Keep what ``evaluate`` found of each run beside the run, in its store; warns where a store cannot be written.
+
+    A figure that is not finite is left out: JSON has none.
+    """
+    now, dtype = datetime.now(UTC).isoformat(timespec="seconds"), _torch.dtype_name(next(model.parameters()).dtype)
+    for (store, run), variant in zip(runs, found.variants[1:], strict=True):
+        for label, text in texts.items():
+            evaluation = Evaluation(
+                run_id=run.run_id,
+                text=label,
+                digest=f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}",
+                protocol=found.protocol[label],
+                dtype=dtype,
+                density=variant.density,
+                model_density=variant.model_density,
+                figures=_finite(variant.figures[label]),
+                dense=_finite(found.variants[0].figures[label]),
+                created=now,
+                versions=versions(),
+            )
+            try:
+                store.keep_evaluation(evaluation)
+            except StoreError as error:
+                warnings.warn(f"the figures of {run.run_id} are not kept: {error}", stacklevel=2)
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def find_runs(model: nn.Module, stores: Sequence[Store], wanted: Sequence[str] = ()) -> list[tuple[Store, Run]]:

@@ -1,5 +1,6 @@
 """The table of `pifa eval`: every figure computed again by hand, runs found and refused, the command's words."""
 
+import hashlib
 import json
 import math
 
@@ -13,7 +14,7 @@ from pifa_compile.cli import main
 from pifa_compile.errors import InputError, UnknownRunError
 from pifa_compile.layers import as_matrix
 from pifa_compile.loading import load_model, minilm_folder
-from pifa_compile.quality import Reading, evaluate, find_runs, misfit, with_run
+from pifa_compile.quality import Reading, evaluate, find_runs, keep_figures, misfit, with_run
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i * i % 17}\n" for i in range(99))
 READING = Reading(windows=6, length=32, batch=4)
@@ -160,6 +161,35 @@ def test_the_command_prints_the_dense_model_first_and_its_protocol(language_fold
     found = json.loads(capsys.readouterr().out)
     assert [v["name"] for v in found["variants"]] == ["dense", runs[1].run_id]
     assert set(found["variants"][1]["figures"]) == set(found["protocol"]) == {str(text) for text in texts}
+
+
+def test_the_command_keeps_its_figures_beside_the_runs(language_folder, runs, store, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    command = ["eval", str(language_folder), "--windows", "4", "--length", "16", "--text", str(text), "--json"]
+    for _ in range(2):  # measured again, they replace themselves
+        assert main(command) == 0
+    found = json.loads(capsys.readouterr().out.partition("\n}\n")[2])
+    for variant in found["variants"][1:]:
+        (kept,) = store.evaluations(variant["name"])
+        assert (kept.figures, kept.density) == (variant["figures"][str(text)], variant["density"])
+        assert kept.model_density == variant["model_density"]
+        assert kept.dense == found["variants"][0]["figures"][str(text)]
+        assert (kept.text, kept.protocol, kept.dtype) == (str(text), found["protocol"][str(text)], "float32")
+        assert kept.digest == f"sha256:{hashlib.sha256(TEXT.encode()).hexdigest()}"
+    assert main([*command, "--run", runs[0].run_id, "--windows", "3"]) == 0
+    assert [len(store.evaluations(run.run_id)) for run in runs] == [2, 1]
+
+
+def test_figures_that_cannot_be_kept_are_a_warning(language, runs, store):
+    model, tokenizer = language
+    found = evaluate(model, tokenizer, [(store, runs[0])], {"a": TEXT}, reading=READING)
+    found.variants[1].figures["a"]["perplexity"] = math.inf
+    keep_figures(found, [(store, runs[0])], {"a": TEXT}, model)
+    assert set(store.evaluations(runs[0].run_id)[0].figures) == {"excess", "same_top_1"}
+    store.delete_run(runs[0].run_id)
+    with pytest.warns(UserWarning, match=f"the figures of {runs[0].run_id} are not kept: .* is no run in"):
+        keep_figures(found, [(store, runs[0])], {"a": TEXT}, model)
 
 
 def test_the_command_says_what_it_cannot_do(language_folder, tmp_path, capsys):

@@ -25,7 +25,8 @@ from pifa_compile.errors import (
     UnknownRunError,
 )
 from pifa_compile.factors import Factors, PifaFactors, factors_from_tensors
-from pifa_compile.store import files, locks, objects
+from pifa_compile.store import evaluations, files, locks, objects
+from pifa_compile.store.evaluations import Evaluation
 from pifa_compile.store.records import OBJECT, RUN_ID, LayerRecord, Run, RunHeader
 from pifa_compile.store.writer import RunWriter, document_path, journal_path, read_document, read_partial
 
@@ -144,17 +145,40 @@ class Store:
         """Read every object of a run; one line per problem, none if all is well."""
         return [problem for record in self.run(run_id).layers for problem in self._problems(record)]
 
+    def keep_evaluation(self, evaluation: Evaluation) -> None:
+        """Keep what a run was measured at; the same measurement made earlier is replaced. UnknownRunError."""
+        full = self._resolve(evaluation.run_id)
+        if full != evaluation.run_id:
+            raise UnknownRunError(evaluation.run_id, [full], self.root)
+        self._prepare()
+        evaluations.write(self.root, evaluation)
+
+    def evaluations(self, run_id: str) -> list[Evaluation]:
+        """What a run was measured at, the oldest first; a warning for each file that cannot be read."""
+        found = []
+        for result in evaluations.read_all(self.root, self._resolve(run_id)):
+            if isinstance(result, Evaluation):
+                found.append(result)
+            else:
+                warnings.warn(str(result), stacklevel=2)
+        return sorted(found, key=lambda evaluation: (evaluation.created, evaluation.key))
+
     def delete_run(self, run_id: str) -> None:
-        """Remove a run, damaged or not; its objects stay until ``gc``. RunBusyError while it is being written."""
+        """Remove a run, damaged or not, and its evaluations; its objects stay until ``gc``.
+
+        RunBusyError while it is being written.
+        """
         full = self._resolve(run_id)
         with locks.idle(self.root, full, "delete it"):
             for path in (document_path(self.root, full), journal_path(self.root, full)):
                 files.inside(self.root, path.parent)
                 with files.access(path):
                     path.unlink(missing_ok=True)
+            evaluations.remove(self.root, full)
 
     def gc(self, min_age: float = 3600.0) -> list[str]:
-        """Remove the objects that no run names and what killed processes left; returns the digests of the objects.
+        """Remove the objects that no run names, evaluations of runs that are gone, and what killed processes left;
+        returns the digests of the objects.
 
         Safe beside other processes by two rules. No run may be under way: RunBusyError if one is, and a writer that
         starts meanwhile waits. And a file younger than ``min_age`` seconds stays, for whoever has put an object and not
@@ -170,6 +194,8 @@ class Store:
                     path.unlink(missing_ok=True)
                 if OBJECT.fullmatch(path.stem):
                     removed.append(path.stem)
+            for run_id in set(evaluations.measured(self.root)) - set(self._run_ids()):
+                evaluations.remove(self.root, run_id)
         _log.info("%s: removed %d objects", self.root, len(removed))
         return removed
 
@@ -187,7 +213,8 @@ class Store:
 
     def _garbage(self, named: set[str | None], before: float) -> Iterator[Path]:
         """Files that may go: those of unnamed objects and temporary ones, last written before a time."""
-        for path in [*self.root.glob("objects/**/*"), *self.root.glob("*/.*"), *self.root.glob(".*")]:
+        places = ("objects/**/*", ".*", "*/.*", "evaluations/*/.*")
+        for path in [path for place in places for path in self.root.glob(place)]:
             leftover = path.name.startswith(files.TEMPORARY)
             unnamed = path.suffix == ".safetensors" and OBJECT.fullmatch(path.stem) and path.stem not in named
             if (leftover or unnamed) and path.is_file() and path.lstat().st_mtime < before:

@@ -33,7 +33,8 @@ def _is_str(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether it is a string with something in it."""
     return isinstance(value, str) and value != ""
 
 
@@ -41,8 +42,13 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number, not below zero."""
+    return _is_number(value) and value >= 0
 
 
 def _is_shape(value: Any) -> bool:
@@ -54,11 +60,27 @@ def _is_json_object(value: Any) -> bool:
     return isinstance(value, dict) and json.loads(canonical(value)) == value
 
 
+def is_digest(value: Any) -> bool:
+    """Whether it is the digest of some content, as "sha256:..."."""
+    return _DIGEST.fullmatch(value) is not None
+
+
+def is_created(value: Any) -> bool:
+    """Whether it is an ISO time."""
+    return _CREATED.fullmatch(value) is not None
+
+
+def is_figures(value: Any) -> bool:
+    """Whether it is a dict of finite numbers by name."""
+    return isinstance(value, dict) and all(is_text(k) and _is_number(v) for k, v in value.items())
+
+
 def _is_digests(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(k) and _DIGEST.fullmatch(v) for k, v in value.items())
+    return isinstance(value, dict) and all(is_text(k) and _DIGEST.fullmatch(v) for k, v in value.items())
 
 
-def _is_string_map(value: Any) -> bool:
+def is_string_map(value: Any) -> bool:
+    """Whether it is a dict of strings by name."""
     return isinstance(value, dict) and all(map(_is_str, [*value, *value.values()]))
 
 
@@ -66,7 +88,8 @@ def _or_none(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or rule(value)
 
 
-def _obey(owner: str, record: object, rules: Mapping[str, Callable[[Any], object]]) -> None:
+def obey(owner: str, record: object, rules: Mapping[str, Callable[[Any], object]]) -> None:
+    """Raises RecordError for the first field of a record that does not pass its rule."""
     for name, rule in rules.items():
         value = getattr(record, name)
         try:
@@ -77,7 +100,7 @@ def _obey(owner: str, record: object, rules: Mapping[str, Callable[[Any], object
             raise RecordError(owner, f"{name} cannot be {str(value)[:80]!r}")
 
 
-def _known_fields(owner: str, data: Any, kind: Any) -> dict[str, Any]:
+def known_fields(owner: str, data: Any, kind: Any) -> dict[str, Any]:
     """``data`` if it is a JSON object with exactly the fields of the dataclass ``kind``."""
     names = {f.name for f in fields(kind)}
     if not isinstance(data, dict) or set(data) != names:
@@ -95,7 +118,7 @@ class Member:
     m: int
 
     def __post_init__(self) -> None:
-        _obey(f"member {str(self.name)[:80]!r}", self, {"name": _is_text, "digests": _is_digests, "m": _is_count})
+        obey(f"member {str(self.name)[:80]!r}", self, {"name": is_text, "digests": _is_digests, "m": _is_count})
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,7 @@ class LayerRecord:
 
     def __post_init__(self) -> None:
         owner = f"layer {str(self.name)[:200]!r}"
-        _obey(owner, self, _LAYER_RULES)
+        obey(owner, self, _LAYER_RULES)
         if (self.form == "dense") != (self.object is None):
             raise RecordError(owner, f"form {self.form!r} with object {self.object!r}; dense has none, the others one")
         if self.form == "dense" and not self.reason:
@@ -175,15 +198,15 @@ class LayerRecord:
     def from_json(cls, data: Any) -> Self:
         """Raises RecordError for anything that ``to_json`` could not have made."""
         owner = f"layer {str(data.get('name'))[:200]!r}" if isinstance(data, dict) else "layer"
-        data = _known_fields(owner, data, cls)
+        data = known_fields(owner, data, cls)
         if not isinstance(data["members"], list) or not isinstance(data["shape"], list):
             raise RecordError(owner, "shape and members are lists")
-        members = tuple(Member(**_known_fields(owner, member, Member)) for member in data["members"])
+        members = tuple(Member(**known_fields(owner, member, Member)) for member in data["members"])
         return cls(**data | {"shape": tuple(data["shape"]), "members": members})
 
 
 _LAYER_RULES: dict[str, Callable[[Any], object]] = {
-    "name": _is_text,
+    "name": is_text,
     "digests": _is_digests,
     "shape": _is_shape,
     "object": _or_none(lambda value: OBJECT.fullmatch(value) is not None),
@@ -191,11 +214,11 @@ _LAYER_RULES: dict[str, Callable[[Any], object]] = {
     "rank": _is_count,
     "numbers": _is_count,
     "bytes": _is_count,
-    "seconds": _is_amount,
+    "seconds": is_amount,
     "layout": lambda value: value in get_args(Layout),
-    "error": _or_none(_is_amount),
-    "truncation": _or_none(_is_amount),
-    "least_error": _or_none(_is_amount),
+    "error": _or_none(is_amount),
+    "truncation": _or_none(is_amount),
+    "least_error": _or_none(is_amount),
     "reason": _or_none(_is_str),
     "details": _is_json_object,
     "members": lambda value: isinstance(value, tuple) and all(isinstance(member, Member) for member in value),
@@ -227,7 +250,7 @@ class RunHeader:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _obey(f"run {str(self.run_id)[:140]!r}", self, _HEADER_RULES)
+        obey(f"run {str(self.run_id)[:140]!r}", self, _HEADER_RULES)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
@@ -236,7 +259,7 @@ class RunHeader:
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """Raises RecordError for anything that ``to_json`` could not have made."""
-        return cls(**_known_fields("run header", data, cls))
+        return cls(**known_fields("run header", data, cls))
 
 
 _HEADER_RULES: dict[str, Callable[[Any], object]] = {
@@ -244,11 +267,11 @@ _HEADER_RULES: dict[str, Callable[[Any], object]] = {
     "model": _is_str,
     "recipe": _is_json_object,
     "layers_planned": _is_count,
-    "created": _CREATED.fullmatch,
+    "created": is_created,
     "revision": _or_none(_is_str),
     "calibration": _or_none(_is_json_object),
     "seed": lambda value: type(value) is int,
-    "versions": _is_string_map,
+    "versions": is_string_map,
     "schema": lambda value: type(value) is int and value == SCHEMA,
 }
 
