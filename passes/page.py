@@ -9,7 +9,6 @@ file that refers to nothing outside, and it shows names and source lines as text
 
 from __future__ import annotations
 
-import json
 import platform
 from bisect import bisect_left
 from importlib.metadata import PackageNotFoundError, version
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from pifa_compile.pages import fill
 from pifa_compile.passes.plan import ORIGIN, LinearSite, Plan
 from pifa_compile.passes.snapshot import Snapshot
 from pifa_compile.passes.table import site_row
-
-PLACEHOLDER = "@DATA@"  # in page.html
 
 
 def page_data(name: str, captured: Snapshot, graph: fx.Graph, plan: Plan) -> dict[str, Any]:
@@ -61,11 +59,8 @@ def page_data(name: str, captured: Snapshot, graph: fx.Graph, plan: Plan) -> dic
 
 
 def render_page(data: dict[str, Any]) -> str:
-    """The page of ``page_data``. The JSON has no ``<``, so nothing in it can end the element that holds it."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    assert template.count(PLACEHOLDER) == 1
-    return template.replace(PLACEHOLDER, text)
+    """The page of ``page_data``."""
+    return fill(Path(__file__).with_name("page.html"), data)
 
 
 # --- the two graphs --------------------------------------------------------------------------------------------------

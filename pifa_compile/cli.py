@@ -1,7 +1,7 @@
-"""The command ``pifa``: compress | dry-run | inspect | eval | verify | env | bench | demo.
+"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | env | bench | demo.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. Results go to standard output, as text or with --json as
-JSON; progress and messages go to standard error.
+Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed; ``diff`` ends with 0 whether the runs differ or not.
+Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.sort and options.run is None:
         raise OptionError("--sort is the order of the layers of one run; name the run")
+    if options.html and options.run is None:
+        raise OptionError("--html is the page of one run; name the run")
     store = Store(options.store)
     try:
         with warnings.catch_warnings(record=True) as unreadable:
@@ -172,6 +174,9 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         lines = [render_run(runs[0], options.sort)]
         facts |= run_summary(runs[0]) | {"layers": [r.to_json() for r in runs[0].layers]}
+    if options.html is not None:
+        facts["page"] = str(_run_page(store, runs[0], options.html))
+        lines.append(f"page: {options.html}")
     lines += [f"store: {store.root}", *(f"problem: {p}" for p in problems)]
     if options.verify and not problems:
         lines.append("verified: every object is whole and fits its record")
@@ -179,9 +184,31 @@ def _inspect(options: argparse.Namespace) -> int:
     return UNVERIFIED if problems and options.verify else DONE
 
 
+def _run_page(store: Any, run: Any, path: Path) -> Path:
+    from pifa_compile.run_page import render_run_page, run_data
+
+    page = render_run_page(run_data(run, store))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the page {path}: {error.strerror or error}") from error
+    return path
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from pifa_compile.diff import compare
+    from pifa_compile.store import Store
+
+    store = Store(options.store)
+    found = compare(store.run(options.a), store.run(options.b))
+    _show(options, found.to_json() | {"store": str(store.root)}, f"{found}\nstore: {store.root}")
+    return DONE
+
+
 def _eval(options: argparse.Namespace) -> int:
     from pifa_compile.loading import load_model
-    from pifa_compile.quality import Reading, evaluate, find_runs
+    from pifa_compile.quality import Reading, evaluate, find_runs, keep_figures
     from pifa_compile.store import Store
     from pifa_compile.texts import STANDARD_LIBRARY, read_text, standard_library_docstrings
 
@@ -196,6 +223,7 @@ def _eval(options: argparse.Namespace) -> int:
     reading = Reading(options.windows, options.length, options.batch, options.bos)
     texts = texts or {STANDARD_LIBRARY: "\n\n".join(standard_library_docstrings())}
     found = evaluate(model, tokenizer, runs, texts, reading=reading, name=options.model)
+    keep_figures(found, runs, texts, model)
     _show(options, found.to_json(), found)
     return DONE
 
@@ -360,7 +388,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--sort", choices=("name", "rank", "error", "numbers"), help="order of the layers")
     verify = "read and check every object, of all runs if none is named; exit code 3 if one is damaged"
     inspect.add_argument("--verify", action="store_true", help=verify)
+    page = "write the run as a page to look at, with what eval measured of this model's runs"
+    inspect.add_argument("--html", type=Path, metavar="FILE", help=page)
     _store(inspect)
+
+    diff = _command(commands, "diff", _diff, "what differs between two runs: recipes, layers, totals")
+    diff.add_argument("a", metavar="A", help="id of a run, or its beginning")
+    diff.add_argument("b", metavar="B", help="id of another run, or its beginning")
+    _store(diff)
 
     quality = _command(commands, "eval", _eval, "measure a model on texts, dense and with the factors of each run")
     _model(quality)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +325,42 @@ def test_an_unfinished_run_says_so(pifa, run_id, store):
         writer.add(run.layers[0])
     assert f"made {run.header.created} (unfinished)\n" in pifa("inspect")[1]
     assert f"run {run_id} (unfinished: 1 of 8 layers)" in pifa("inspect", run_id)[1]
+
+
+def test_inspect_writes_a_page(pifa, run_id, store, tmp_path):
+    path = tmp_path / "new" / "run.html"
+    code, out, err = pifa("inspect", run_id[:8], "--html", path)
+    assert (code, err) == (0, "")
+    assert f"\npage: {path}\nstore: {store.root}\n" in out
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and run_id in page
+    assert json.loads(pifa("inspect", run_id, "--html", path, "--json")[1])["page"] == str(path)
+
+
+def test_a_page_needs_a_run_and_a_place(pifa, run_id, tmp_path):
+    assert failed(pifa("inspect", "--html", tmp_path / "page.html"), 2, "--html is the page of one run; name the run")
+    assert failed(pifa("inspect", run_id, "--html", tmp_path), 1, f"cannot write the page {tmp_path}: ")
+
+
+# --- diff -------------------------------------------------------------------------------------------------------------
+
+
+def test_diff_ends_well_whether_runs_differ_or_not(pifa, llama, run_id, store):
+    assert pifa("compress", llama, "--density", 0.7)[0] == 0
+    other = next(run.run_id for run in store.runs() if run.run_id != run_id)
+    code, out, err = pifa("diff", run_id, other)
+    assert (code, err) == (0, "")
+    assert re.search(r"^recipe: density +0\.5 +0\.7$", out, re.MULTILINE) and "same weights" in out
+    assert out.endswith(f"store: {store.root}\n")
+    code, out, _ = pifa("diff", run_id, other[:7], "--json")
+    found = json.loads(out)
+    assert (code, found["equal"], found["same_weights"]) == (0, False, True)
+    assert found["settings"]["recipe: density"] == [0.5, 0.7]
+    assert len(found["layers"]) == 8 and found["store"] == str(store.root)
+    code, out, _ = pifa("diff", run_id, run_id)
+    assert code == 0 and "no difference" in out
+    assert failed(pifa("diff", run_id, "nothing"), 1, "'nothing' is no run in", run_id)
+    assert pifa("diff", run_id)[0] == 2
 
 
 # --- env, and the command as a program --------------------------------------------------------------------------------

@@ -38,9 +38,11 @@ ROOMS = (
     {"pifa_compile.kernels"},
     {
         "pifa_compile.cost",
+        "pifa_compile.diff",
         "pifa_compile.loaded",
         "pifa_compile.machine",
         "pifa_compile.reports",
+        "pifa_compile.run_page",
         "pifa_compile.selection",
         "pifa_compile.staleness",
     },
@@ -50,7 +52,7 @@ ROOMS = (
     {"pifa_compile.pivoting"},
     {"pifa_compile.factors", "pifa_compile.digest", "pifa_compile.layers"},
     {"pifa_compile.evaluation", "pifa_compile.texts", "pifa_compile.loading"},
-    {"pifa_compile.errors", "pifa_compile._torch", "pifa_compile.fingerprint"},
+    {"pifa_compile.errors", "pifa_compile._torch", "pifa_compile.fingerprint", "pifa_compile.pages"},
 )
 
 # Underscored, but documented by torch as public.
