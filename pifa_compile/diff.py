@@ -6,6 +6,7 @@ has them apart, the records of all of them stand beside each other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -261,12 +262,9 @@ def _state(run: Run) -> str:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return ", ".join(_text(v) if isinstance(value, list) else f"{k} {_text(v)}" for k, v in items) or "none"
-    return str(value)
+    if value is None or isinstance(value, str):
+        return value or "none"
+    return json.dumps(value)
 
 
 def totals(run: Run) -> dict[str, Any]:

@@ -76,6 +76,17 @@ def test_settings_are_compared_field_by_field(fields, settings):
     assert all(name in str(found) for name in settings)
 
 
+def test_settings_are_shown_as_json_and_words_as_they_are():
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"d": deep}
+    recipes = ({"method": "svd", "joint": ["q+k"], "skip": []}, {"method": "mpifa", "joint": None, "skip": deep})
+    text = str(compare(*(run(*BASE.layers, recipe=recipe) for recipe in recipes)))
+    assert ["recipe:", "method", "svd", "mpifa"] in [line.split() for line in text.splitlines()]
+    assert ["recipe:", "joint", '["q+k"]', "none"] in [line.split() for line in text.splitlines()]
+    assert '{"d": {"d": ' in text
+
+
 def test_the_largest_change_comes_first_and_what_is_the_same_is_counted():
     layers = [record("a", 9), record("b", 20), dense("c"), record("d"), record("e", truncation=0.5)]
     before = [record("a"), record("b"), dense("c"), record("d"), record("e")]
