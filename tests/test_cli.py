@@ -346,7 +346,7 @@ def test_a_page_needs_a_run_and_a_place(pifa, run_id, tmp_path):
 
 
 def test_diff_ends_well_whether_runs_differ_or_not(pifa, llama, run_id, store):
-    assert pifa("compress", llama, "--density", 0.7)[0] == 0
+    assert pifa(*COMPRESS, llama, "--density", 0.7)[0] == 0
     other = next(run.run_id for run in store.runs() if run.run_id != run_id)
     code, out, err = pifa("diff", run_id, other)
     assert (code, err) == (0, "")
