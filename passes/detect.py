@@ -25,11 +25,15 @@ GRADIENT = (
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
     """Fill the plan with one site per linear layer, in whatever form it stands; the graph stays as it is."""
     counted: set[fx.Node] = set()
+    mixed = _torch.autocast_is_on() or any(_torch.autocast_begins(node) for node in gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.target is op.linear:
             context.plan.sites.append(_prepared_site(node, context, counted))
         elif (match := match_linear(node)) is not None:
-            context.plan.sites.append(_site(node, match, context))
+            site = _site(node, match, context)
+            if site.open and not mixed:
+                site.reason = _other_dtype(site)
+            context.plan.sites.append(site)
     return PassResult(len(context.plan.sites), 0, context.plan.skipped())
 
 
@@ -52,6 +56,8 @@ def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
     site.reason = match.reason or view_of_parameter(match.weight) if value is None else None
     if site.reason is None and isinstance(value, Tensor):
         site.reason = _reason(site, value, match.weight, context) or match.reason
+        if site.reason is None and value.dim() != 2 and site.layout != "conv1x1":
+            site.reason = f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
     return site
 
 
@@ -92,13 +98,23 @@ def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Con
         return "the weight is a plain tensor, not a parameter"
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
         return f"the weight is a {type(weight).__name__} ({weight.layout}), not a plain parameter"
-    if weight.dim() != 2 and site.layout != "conv1x1":
-        return f"a stack of {weight.shape[0]} weights in one {weight.dim()}-dimensional parameter"
+    if weight.is_meta:
+        return "the weight is on the meta device and has no content"
+    if _torch.innermost_module(site.node) == "PifaLinear":
+        return "a factor of a prepared layer"
     if not supported_dtype(weight.dtype):
         return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     if torch.is_grad_enabled() and weight.requires_grad and not context.settings.allow_grad:
         return GRADIENT
     return None
+
+
+def _other_dtype(site: LinearSite) -> str | None:
+    """Why the call is none that runs: its input has another dtype than its weight."""
+    x = _torch.fake_value(site.x)
+    if site.parameter is None or not isinstance(x, Tensor) or x.dtype == site.parameter.dtype:
+        return None
+    return f"its input is {x.dtype}, its weight {site.parameter.dtype}"
 
 
 def _feeds_embedding(placeholder: fx.Node) -> bool:

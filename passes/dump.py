@@ -45,6 +45,9 @@ class Dump:
         """Remember the graph as it stands."""
         if self._wanted:
             self._before, self._ops = readable(gm), op_counts(gm.graph)
+
+    def capture(self, gm: fx.GraphModule) -> None:
+        """Remember the graph, with all its linear layers known, for the page; the first such graph counts."""
         if self.folder is not None and self._captured is None:
             self._captured = Snapshot(gm.graph, self._context.plan)
 

@@ -3,6 +3,7 @@
 m = out_features, n = in_features.
 
     linear(x, W, b)            addmm(b, x, W.t())       matmul(x, W.T), x @ W.T, mm        einsum("bsi,oi->bso", x, W)
+    W @ x: a linear layer over the last dimension but one
     conv1d/2d/3d(x, W, b) with a kernel of one point: a linear layer over the channels
 
 W may be a parameter or its transpose (t(), T, mT, transpose, permute); GPT-2's Conv1D is an addmm with W as n x m.
@@ -10,9 +11,9 @@ W may be a parameter or its transpose (t(), T, mT, transpose, permute); GPT-2's 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,16 @@ from torch import Tensor, fx, nn
 
 from pifa_compile import _torch
 from pifa_compile.layers import Layout
-from pifa_compile.passes.plan import argument
+from pifa_compile.passes.plan import CLOSED, argument
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Match:
     """A call that is a linear layer, or would be one but for ``reason``.
 
     x        the activations; weight: what is given as the weight (a placeholder, or a node that views or computes one)
     through  the nodes between the placeholder and the call (transposes)
-    channel  the dimension of x that is contracted, counted from the end (-1 but for convolutions)
+    channel  the dimension of x that is contracted, counted from the end (-1 but for convolutions and W @ x)
     """
 
     x: fx.Node
@@ -43,14 +44,16 @@ class Match:
 
 def match_linear(node: fx.Node) -> Match | None:
     """The linear layer that a call is, or None if it is none (or has no parameter to replace)."""
-    recognise = _FORMS.get(_target(node))
+    recognise = _closed if CLOSED in node.meta else _FORMS.get(_target(node))
     return recognise(node) if recognise is not None else None
 
 
 def _target(node: fx.Node) -> Any:
     if node.op == "call_method":
         return str(node.target)
-    return node.target if node.op == "call_function" else None
+    if node.op != "call_function":
+        return None
+    return _torch.operator_name(node.target) or node.target  # by name: another package's need not be there
 
 
 # --- one recogniser per form -----------------------------------------------------------------------------------------
@@ -69,9 +72,16 @@ def _matmul(node: fx.Node) -> Match | None:
         return None
     if _rooted_in_parameter(weight):
         return _with_weight(x, weight, None, transposed=False)
-    if _rooted_in_parameter(x):
-        return Match(weight, _base(x)[0], reason="the weight stands on the left of the product")
-    return None
+    return _left(x, weight) if _rooted_in_parameter(x) else None
+
+
+def _left(weight: fx.Node, x: fx.Node) -> Match:
+    """W @ x, with W of two dimensions and x of two or more."""
+    match = _with_weight(x, weight, None, transposed=True)
+    value = _torch.fake_value(x)
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return _because(match, "the weight stands on the left of a vector")
+    return dataclasses.replace(match, channel=-2)
 
 
 def _addmm(node: fx.Node) -> Match | None:
@@ -98,6 +108,11 @@ def _einsum(node: fx.Node) -> Match | None:
     x = next((a for a in others if isinstance(a, fx.Node)), weight)
     transposed = _einsum_transposed(node.args[0], operands.index(weight)) if len(operands) == 2 else None
     if transposed is None or x is weight:
+        value = _torch.fake_value(weight)
+        stack = isinstance(value, Tensor) and value.dim() > 2 and len(operands) == 2
+        if stack and not _einsum_stack(node.args[0], operands.index(weight)):
+            reason = f"einsum {node.args[0]!r} with a {value.dim()}-dimensional parameter"
+            return Match(x, _base(weight)[0], reason=reason)
         reason = f"einsum {node.args[0]!r} is no linear layer over the last dimension"
         return _because(_with_weight(x, weight, None, transposed=True), reason)
     return _with_weight(x, weight, None, transposed=transposed)
@@ -119,6 +134,14 @@ def _einsum_transposed(equation: str, position: int) -> bool | None:
     return None
 
 
+def _einsum_stack(equation: str, position: int) -> bool:
+    """Whether the first dimension of the weight is one of x and of the output: then it counts matrices."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    first = parts[position][:1]
+    return first.isalpha() and first in parts[1 - position] and first in output
+
+
 def _convolution(node: fx.Node) -> Match | None:
     x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
     value = _torch.fake_value(weight) if weight is not None else None
@@ -135,15 +158,26 @@ def _convolution(node: fx.Node) -> Match | None:
 
 
 def _batched(node: fx.Node) -> Match | None:
-    """Products with a stack of matrices: found so that the reason is told, never replaced."""
+    """Products with a stack of matrices (fused experts): found so that the reason is told, never replaced.
+
+    Tokens are sorted by expert and multiplied group by group. In pivoted form each expert would have a rank, a second
+    product and an order of its own: that takes a kernel made for it, not another form of this call.
+    """
     for weight in node.all_input_nodes:
-        base, _ = _base(weight)
+        base = _root(weight)
         if isinstance(value := _parameter(base), Tensor) and value.dim() > 2:
             x = next((a for a in node.all_input_nodes if a is not weight), weight)
             return Match(
                 x, base, reason=f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
             )
     return None
+
+
+def _closed(node: fx.Node) -> Match | None:
+    """A call with linear layers inside that could not be written out, under the name of the first weight it reads."""
+    inputs = node.all_input_nodes
+    weights = [n for n in inputs if isinstance(value := _parameter(n), Tensor) and value.dim() > 1]
+    return Match(inputs[0], weights[0], reason=f"inside of {node.name}: {node.meta[CLOSED]}") if weights else None
 
 
 _FORMS: dict[Any, Callable[[fx.Node], Match | None]] = {
@@ -164,7 +198,7 @@ _FORMS: dict[Any, Callable[[fx.Node], Match | None]] = {
     torch.baddbmm: _batched,
     "bmm": _batched,
 }
-_FORMS |= dict.fromkeys(_torch.grouped_products(), _batched)
+_FORMS |= dict.fromkeys((*_torch.grouped_products(), "transformers.grouped_mm_fallback"), _batched)
 
 
 # --- what is given as the weight -------------------------------------------------------------------------------------
@@ -216,10 +250,14 @@ def _transposed(node: fx.Node) -> fx.Node | None:
 
 def _rooted_in_parameter(node: fx.Node) -> bool:
     """Whether the node is a parameter or made from one by views alone, so that a reader would call it a weight."""
-    base = node
-    while base.op != "placeholder" and base.args and isinstance(base.args[0], fx.Node) and _is_view(base):
-        base = base.args[0]
-    return _parameter(base) is not None
+    return _parameter(_root(node)) is not None
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node that views, one of another, are of."""
+    while node.op != "placeholder" and node.args and isinstance(node.args[0], fx.Node) and _is_view(node):
+        node = node.args[0]
+    return node
 
 
 _VIEWS = ("t", "getattr", "transpose", "permute", "getitem", "chunk", "split", "narrow", "view", "reshape", "unbind")
@@ -250,4 +288,4 @@ def view_of_parameter(node: fx.Node) -> str:
 
 
 def _because(match: Match, reason: str) -> Match:
-    return Match(match.x, match.weight, match.bias, match.layout, match.through, match.channel, match.reason or reason)
+    return dataclasses.replace(match, reason=match.reason or reason)

@@ -1,6 +1,6 @@
 """The whole of what happens to a graph, in order, and the runner that times, counts, checks and dumps it.
 
-    captured graph -> detect -> find_pairs -> lookup -> take_pairs -> [dry run ends here]
+    captured graph -> open_attention -> detect -> find_pairs -> lookup -> take_pairs -> [dry run ends here]
                    -> replace -> fold -> group -> decompose -> tidy -> Inductor
 
 A pass is a function of the graph module and the context that returns a PassResult. It neither logs nor dumps.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from pifa_compile import _torch
+from pifa_compile.passes.attention import open_attention
 from pifa_compile.passes.decompose import decompose
 from pifa_compile.passes.detect import detect
 from pifa_compile.passes.dump import Dump
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pass:
-    """One step; ``rewrites`` says that it changes the graph, so that a dry run stops before it."""
+    """One step; ``rewrites`` says that it puts factors into the graph, so that a dry run stops before it."""
 
     name: str
     run: Callable[[fx.GraphModule, Context], PassResult]
@@ -40,7 +41,8 @@ class Pass:
 
 
 PIPELINE: tuple[Pass, ...] = (
-    Pass("detect", detect, rewrites=False),  # first: everything later works on the sites it finds
+    Pass("open_attention", open_attention, rewrites=False),  # first: linear layers that are inside of one call
+    Pass("detect", detect, rewrites=False),  # then: everything later works on the sites it finds
     Pass("find_pairs", find_pairs, rewrites=False),  # before lookup: halves of adapters are not compressed either
     Pass("lookup", lookup, rewrites=False),  # one run for the graph, so that all its layers come from one compression
     Pass(
@@ -61,8 +63,9 @@ def run_passes(gm: fx.GraphModule, context: Context, *, dry: bool = False) -> di
     for step in PIPELINE:
         if dry and step.rewrites:
             break
+        dump.before(gm)
         if step.rewrites:
-            dump.before(gm)
+            dump.capture(gm)
         started = time.perf_counter()
         result = results[step.name] = step.run(gm, context)
         seconds = time.perf_counter() - started

@@ -168,6 +168,7 @@ class PassResult:
 
 
 ORIGIN = "pifa_origin"
+CLOSED = "pifa_closed"  # in the meta of a call with linear layers inside: why it could not be written out
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import itertools
 import re
 import types
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -154,6 +154,69 @@ def grouped_products() -> tuple[Callable[..., Any], ...]:
     """The functions that multiply groups of tokens with stacks of weights (experts), as Dynamo graphs show them."""
     candidates = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
     return tuple(function for function in candidates if function is not None)
+
+
+def operator_name(target: Any) -> str | None:
+    """``namespace.name`` of a registered operator, such as ``transformers.grouped_mm_fallback``; None for others."""
+    registered = isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return str(target).removesuffix(".default") if registered else None
+
+
+def in_function_transform() -> bool:
+    """Whether the code runs inside of a transform of torch.func (vmap, grad ...), also while Dynamo traces it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for any kind of device that this build of torch has."""
+    return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+def autocast_begins(node: fx.Node) -> bool:
+    """Whether a node of a Dynamo graph turns autocast on (or, as well, off)."""
+    return node.target is torch.amp.autocast_mode._enter_autocast
+
+
+def attention_fast_path() -> tuple[Callable[..., Any], ...]:
+    """What nn.MultiheadAttention is in a graph where torch takes its fast path."""
+    return tuple(f for f in [getattr(torch, "_native_multi_head_attention", None)] if f is not None)
+
+
+def encoder_layer_fast_path() -> tuple[Callable[..., Any], ...]:
+    """What nn.TransformerEncoderLayer is in a graph where torch takes its fast path."""
+    return tuple(f for f in [getattr(torch, "_transformer_encoder_layer_fwd", None)] if f is not None)
+
+
+def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch.nn.functional that goes into its own body although a TorchFunctionMode is active."""
+    source: Any = function
+    names = source.__globals__ | {"has_torch_function": lambda _: False}
+    made = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
+    made.__kwdefaults__ = source.__kwdefaults__
+    return made
+
+
+def fake_mode_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The mode of the first fake tensor: tensors that are made inside are fake too."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
+
+
+def size_expression(size: torch.SymInt) -> Any:
+    """A symbolic size as a sympy expression."""
+    return size.node.expr
+
+
+def tensor_without_memory(kind: type[Any], shape: tuple[int, ...], like: Tensor) -> Any:
+    """A tensor of the subclass ``kind`` that has a shape, and dtype and device of ``like``, but no content."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
+
+
+def as_plain_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` as if the tensors among its arguments were of no subclass."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def own_frame(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,6 +57,16 @@ class StaleWeightError(PifaError, RuntimeError):
         self.layer = layer
 
 
+class ImpliedWeightError(PifaError, RuntimeError):
+    """An attempt to change the weight of a factored layer, which it does not have."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation}: the weight of a factored layer is computed from its factors and cannot be written to; "
+            "change pivot_rows and coefficients, or make the model dense again with pifa_compile.restore_(model)"
+        )
+
+
 class NoRunError(PifaError):
     """No compression run of the store can be used."""
 

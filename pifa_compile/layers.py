@@ -64,20 +64,44 @@ def _is_pointwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
 
 
 def linear_weights(model: nn.Module) -> Iterator[LinearWeight]:
-    """Every linear weight of a model once, in module order, with the reason where it must stay dense."""
+    """Every linear weight of a model once, in module order, with the reason where it must stay dense.
+
+    Among these are the weights of modules of other kinds that look like one (routers of experts): left dense, but known
+    to a run, so that it is a run of the whole model.
+    """
     output = output_embedding(model)
     seen: set[int] = set()
     others = {id(p) for m in model.modules() if layout_of(m) is None for p in m.parameters(recurse=False)}
     for name, module in model.named_modules():
         layout = layout_of(module)
-        if layout is None:
-            continue
         weight = module._parameters.get("weight")
-        if weight is None or id(weight) in seen:
+        if weight is None or id(weight) in seen or (layout is None and not _looks_linear(module, weight)):
             continue
         seen.add(id(weight))
+        if layout is None:
+            reason = f"the weight of a {type(module).__name__}, which is no linear layer"
+            yield LinearWeight(name, weight, reason=reason)
+            continue
         is_output = module is output or weight is getattr(output, "weight", None)
         yield LinearWeight(name, weight, layout, _reason(name, weight, is_output, id(weight) in others))
+
+
+def held_weights(model: nn.Module) -> Iterator[LinearWeight]:
+    """Weights of linear layers that are no modules of their own: the input projections of nn.MultiheadAttention.
+
+    A graph shows them as layers. Nobody can see what they read by watching modules, or put a module in their place.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for name, weight in module.named_parameters(path, recurse=False):
+                if name.endswith("proj_weight"):
+                    yield LinearWeight(name, weight, reason=_reason(name, weight, is_output=False, shared=False))
+
+
+def _looks_linear(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the weight of a module that is not of torch's own kinds may be that of a linear layer inside of it."""
+    own = type(module).__module__.startswith("torch.") or isinstance(module, nn.Embedding)
+    return not own and weight.dim() == 2 and weight.is_floating_point()
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

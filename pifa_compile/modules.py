@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pifa_compile import _torch
 from pifa_compile.factors import Factors, PairFactors, PifaFactors
 from pifa_compile.fingerprint import cache_tag
+from pifa_compile.implied_weight import ImpliedWeight
 from pifa_compile.kernels import lowering
 from pifa_compile.kernels.op import gather_order, linear, two_linears
 from pifa_compile.layers import Layout
@@ -62,6 +63,27 @@ class _Factored(nn.Module):
     @property
     def rank(self) -> int:
         return self.factors().rank
+
+    @property
+    def weight(self) -> Tensor:
+        """For models that look at it: the dense weight, as the layer that was replaced held it, but without memory.
+
+        Its content is computed from the factors wherever it is used, with gradients into them. It cannot be written to.
+        """
+        if torch.compiler.is_compiling():  # where nobody uses more than its facts, the compiler drops the computation
+            return self._dense()
+        m, n = self.out_features, self.in_features
+        shape = (n, m) if self.layout == "in_out" else (m, n, *[1] * (-1 - self.channel))
+        return ImpliedWeight.of(shape, next(self.parameters()), self._dense)
+
+    def _dense(self) -> Tensor:
+        """The dense weight in the shape in which the layer that was replaced held it."""
+        matrix = self._matrix()[: self.rows]
+        return matrix.T if self.layout == "in_out" else matrix.reshape(*matrix.shape, *[1] * (-1 - self.channel))
+
+    def _matrix(self) -> Tensor:
+        """The product of the factors, rows in their places, differentiable, in their dtype; at least in float32."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); a convolution's (N, n, *spatial) to (N, m, *spatial)."""
@@ -123,8 +145,9 @@ class PifaLinear(_Factored):
 
     def _apply_factors(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
-        if torch.compiler.is_compiling() or not plain:
+        if not plain or (torch.compiler.is_compiling() and not _torch.in_function_transform()):
             # One node for passes and lowerings; and under autocast, or for a wrong dtype, the operator's own rules.
+            # The operator has no rules for vmap and torch.func.grad: what it is made of has.
             bias = self.bias if self.rows is None else None
             y: Tensor = linear(x, self.pivot_rows, self.coefficients, self.row_order, bias, self.y_scale)
             if self.rows is None:
@@ -134,6 +157,12 @@ class PifaLinear(_Factored):
         order = self.gather_order if self.rows is None else self.gather_order[: self.rows]
         y = two_linears(x, self.pivot_rows, self.coefficients, self.y_scale).index_select(-1, order)
         return y if self.bias is None else y + self.bias
+
+    def _matrix(self) -> Tensor:
+        wide = torch.promote_types(self.pivot_rows.dtype, torch.float32)
+        rows = self.pivot_rows.to(wide)
+        stacked = torch.cat([rows, self.coefficients.to(wide) @ rows])
+        return stacked.index_select(0, self.gather_order).to(self.pivot_rows.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PifaLinear:
         """As nn.Module does for to(), half() and cuda(); between 16-bit dtypes a mixed form keeps its coefficients."""
@@ -166,6 +195,10 @@ class PairLinear(_Factored):
 
     def _apply_factors(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.right), self.left, self.bias)
+
+    def _matrix(self) -> Tensor:
+        wide = torch.promote_types(self.right.dtype, torch.float32)
+        return (self.left.to(wide) @ self.right.to(wide)).to(self.right.dtype)
 
 
 FactoredLinear = PifaLinear | PairLinear

@@ -7,6 +7,7 @@ restore_(model)    dense again, from the factors (C P, not the original weights)
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,9 @@ from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, as_para
 from pifa_compile.options import Settings, resolve
 from pifa_compile.selection import choose_run, describe
 from pifa_compile.store import LayerRecord, Run, Store
+from pifa_compile.substitution import why_not
 
+log = logging.getLogger(__name__)
 StorePath = Store | str | os.PathLike[str] | None
 
 
@@ -54,13 +57,18 @@ def apply_(
         raise NoRunError(str(opened.root), [describe(r) for r in opened.runs()])
     by_parameter = {id(w.parameter): (w, d) for w, d in zip(weights, digests, strict=True)}
     own = _Own(opened, trainable)
+    refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         weight, digest = by_parameter.get(id(module._parameters.get("weight")), (None, ""))
         record = chosen.by_digest.get(digest)
         if weight is not None and record is not None and record.object is not None and record.layout == weight.layout:
+            if (reason := why_not(model, name)) is not None:
+                refused[name] = reason
+                continue
             factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
             _set_module(model, name, made.train(module.training))
+    _tell(refused)
     return model
 
 
@@ -93,6 +101,9 @@ def load(
         raise InputError(
             f"run {chosen.run_id} has layers that {type(model).__name__} has not: {', '.join(missing[:5])}"
         )
+    refused = {name: reason for name in records if (reason := why_not(model, name)) is not None}
+    _tell(refused)
+    records = {name: found for name, found in records.items() if name not in refused}
     own = _Own(opened)
     for name, (record, digests) in records.items():
         factors = own.factors(record, wanted, torch.device(device))
@@ -179,6 +190,14 @@ def _factored(
 
 def _channel(weight: LinearWeight) -> int:
     return 1 - weight.parameter.dim() if weight.layout == "conv1x1" else -1
+
+
+def _tell(refused: dict[str, str]) -> None:
+    """One line for all layers that have factors and keep their dense weight, with the reason of the first."""
+    if refused:
+        name, reason = next(iter(refused.items()))
+        others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        log.warning("%s%s stays dense in the prepared model: %s", name, others, reason)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

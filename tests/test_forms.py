@@ -56,6 +56,9 @@ FORMS = {
     "at permute": lambda s, x: x @ s.out_in.permute(1, 0),
     "at two transposes": lambda s, x: x @ s.in_out.T.T,
     "mm": lambda s, x: torch.mm(x.view(-1, IN), s.in_out),
+    "weight on the left": lambda s, x: s.out_in @ x.transpose(1, 2),
+    "transposed weight on the left": lambda s, x: torch.matmul(s.in_out.T, x.transpose(1, 2).contiguous()),
+    "weight on the left of a matrix": lambda s, x: torch.mm(s.out_in, x[0].T),
     "addmm": lambda s, x: torch.addmm(s.bias, x.view(-1, IN), s.out_in.t()),
     "Conv1D": conv1d_of_transformers,
     "einsum": lambda s, x: torch.einsum("bsi,oi->bso", x, s.out_in),
@@ -114,6 +117,7 @@ class Strange(nn.Module):
         self.w = low_rank(IN, IN)
         self.fused = low_rank(3 * IN, IN)
         self.experts = nn.Parameter(torch.randn(3, IN, IN))
+        self.heads = nn.Parameter(torch.randn(IN, 2, IN))
         self.kernel = nn.Parameter(torch.randn(IN, IN, 1))
         self.complex = nn.Parameter(torch.randn(IN, IN, dtype=torch.complex64))
         self.b = nn.Parameter(torch.randn(IN))
@@ -132,7 +136,9 @@ REASONS = {
     "stack in matmul": (lambda s, x: x @ s.experts, "stack of 3 weights"),
     "stack in einsum": (lambda s, x: torch.einsum("bsi,bio->bso", x, s.experts), "stack of 3 weights"),
     "einsum that is no linear layer": (lambda s, x: torch.einsum("bsi,oi->bos", x, s.w), "einsum 'bsi,oi->bos'"),
-    "left": (lambda s, x: s.w @ x.transpose(1, 2), "on the left"),
+    "left of a vector": (lambda s, x: s.w @ x[0, 0], "on the left of a vector"),
+    "einsum over heads": (lambda s, x: torch.einsum("bsi,ihd->bshd", x, s.heads), "with a 3-dimensional parameter"),
+    "stack behind a transpose": (lambda s, x: torch.bmm(x, s.experts.transpose(1, 2)), "stack of 3 weights"),
     "scaled addmm": (lambda s, x: torch.addmm(s.b, x[0], s.w, alpha=2), "beta 1 and alpha 2"),
     "addmm onto a matrix": (lambda s, x: torch.addmm(x[0], x[1], s.w), "not a bias"),
     "strided convolution": (lambda s, x: F.conv1d(x.transpose(1, 2), s.kernel, stride=2), "stride"),

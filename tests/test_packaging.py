@@ -34,7 +34,7 @@ ROOMS = (
     {"pifa_compile.backend"},
     {"pifa_compile.compression"},
     {"pifa_compile.passes"},
-    {"pifa_compile.modules"},
+    {"pifa_compile.modules", "pifa_compile.implied_weight"},
     {"pifa_compile.kernels"},
     {
         "pifa_compile.cost",
@@ -50,7 +50,7 @@ ROOMS = (
     {"pifa_compile.options"},
     {"pifa_compile.recipes"},
     {"pifa_compile.pivoting"},
-    {"pifa_compile.factors", "pifa_compile.digest", "pifa_compile.layers"},
+    {"pifa_compile.factors", "pifa_compile.digest", "pifa_compile.layers", "pifa_compile.substitution"},
     {"pifa_compile.evaluation", "pifa_compile.texts", "pifa_compile.loading"},
     {"pifa_compile.errors", "pifa_compile._torch", "pifa_compile.fingerprint", "pifa_compile.pages"},
 )

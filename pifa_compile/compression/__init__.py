@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from pifa_compile.compression.calibration import SelfText, Text, calibrate_on
 from pifa_compile.compression.devices import blocks_on_demand
 from pifa_compile.compression.walk import compress_weights
 from pifa_compile.errors import InputError, WeightError
-from pifa_compile.layers import linear_weights
+from pifa_compile.layers import held_weights, linear_weights
 from pifa_compile.recipes import Calibrated, Recipe
 from pifa_compile.reports import CompressionReport
 from pifa_compile.store import Store
+
+#: Why a calibrated method leaves a weight dense that is no module's own.
+HELD = "held by its attention, which is no linear layer: a method that needs no data takes it"
 
 __all__ = ["CompressionReport", "compress", "compress_weights"]
 
@@ -60,6 +64,7 @@ def compress(
     if isinstance(recipe, Calibrated):
         size = {"windows": recipe.windows, "length": recipe.window_length, "seed": recipe.seed}
         calibration = SelfText(model, **size) if text is None else calibrate_on(model, text, tokenizer, **size)
+        weights += [replace(w, reason=w.reason or HELD) for w in held_weights(model)]
         place = next(model.parameters()).device if device is None else torch.device(device)
         facts: dict[str, Any] = {"label": label, "revision": revision, "progress": progress, "device": place}
         with blocks_on_demand(model, place):
@@ -67,6 +72,7 @@ def compress(
     else:
         if text is not None:
             raise InputError(f"method {recipe.method!r} uses no text; leave it out, or use 'mpifa'")
+        weights += held_weights(model)
         run = compress_weights(weights, recipe, opened, model=label, revision=revision, progress=progress)
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     return CompressionReport(run, opened.root, total)
