@@ -37,7 +37,8 @@ class ImpliedWeight(Tensor):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
         if attribute in _FACTS:
             return _torch.as_plain_tensor(func, args, kwargs or {})
-        if _writes(attribute) and args and isinstance(args[0], cls):
+        changed = args[:1] or tuple((kwargs or {}).values())
+        if _writes(attribute) and any(isinstance(value, cls) for value in changed):
             raise ImpliedWeightError(attribute)
         return cls.__torch_dispatch__(func, types, args, kwargs)
 

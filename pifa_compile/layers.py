@@ -79,7 +79,7 @@ def linear_weights(model: nn.Module) -> Iterator[LinearWeight]:
             continue
         seen.add(id(weight))
         if layout is None:
-            reason = f"the weight of a {type(module).__name__}, which is no linear layer"
+            reason = f"the weight of {type(module).__name__}, which is no linear layer"
             yield LinearWeight(name, weight, reason=reason)
             continue
         is_output = module is output or weight is getattr(output, "weight", None)

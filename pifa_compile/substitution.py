@@ -13,7 +13,8 @@ from torch import nn
 from pifa_compile.layers import as_matrix, layout_of, matrix_shape
 
 READ = "its {owner} reads the weight and does not call the layer"
-OWN = "a {kind} does more than a linear layer"
+OWN = "its class {kind} does more than a linear layer"
+REPLACED = "somebody put another forward on it"
 
 
 def why_not(model: nn.Module, name: str) -> str | None:
@@ -21,7 +22,9 @@ def why_not(model: nn.Module, name: str) -> str | None:
     module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.MultiheadAttention):
         return READ.format(owner=type(owner).__name__)
-    if "forward" in vars(module) or not _is_linear(module):
+    if "forward" in vars(module):
+        return REPLACED
+    if not _is_linear(module):
         return OWN.format(kind=type(module).__name__)
     return None
 

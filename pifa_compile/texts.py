@@ -61,11 +61,14 @@ def read_text(source: Path | str) -> str:
 
 def _read_file(path: Path | str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read the text {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is no UTF-8 text; convert it first") from None
+    if "\0" in text:
+        raise InputError(f"{path} is no text: it has zero bytes")
+    return text
 
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------------

@@ -152,3 +152,11 @@ def test_a_tensor_on_cuda_has_the_digest_of_its_copy(dtype):
         torch.cuda._sleep(100_000_000)
         late.copy_(t.cuda())
         assert digest(late) == digest(t)
+
+
+def test_a_storage_can_be_resized_after_it_was_digested():
+    """As FSDP does with weights between two calls."""
+    t = torch.randn(64, 64)
+    digest(t)
+    t.untyped_storage().resize_(0)
+    assert t.untyped_storage().nbytes() == 0

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+import pifa_compile
 from pifa_compile.layers import (
     LinearWeight,
     as_matrix,
+    held_weights,
     is_output_embedding_name,
     is_plain,
     layout_of,
@@ -185,3 +188,49 @@ def test_plain_weights_have_content_in_rows():
 def test_a_weight_knows_its_matrix():
     assert LinearWeight("a", torch.ones(3, 5), "in_out").shape == (5, 3)
     assert LinearWeight("a", torch.ones(3, 5, 1, 1), "conv1x1").shape == (3, 5)
+
+
+class Router(nn.Module):
+    """As mixtures of experts have it: a matrix of its own, and more than a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 8))
+
+
+def test_a_matrix_of_another_kind_of_module_is_known_and_stays_dense():
+    table = nn.Embedding(4, 8)
+    model = nn.ModuleDict({"router": Router(), "table": table, "norm": nn.LayerNorm(8), "rnn": nn.RNN(8, 8)})
+    (found,) = linear_weights(model)
+    assert (found.name, found.shape) == ("router", (4, 8))
+    assert found.reason == "the weight of Router, which is no linear layer"
+
+
+def test_a_run_of_a_model_with_routers_is_one_of_the_whole_model(store):
+    """Or else asking for its density would compress again."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.layer = Router(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(x) * F.linear(x, self.router.weight).amax(-1, keepdim=True)
+
+    model = Routed().eval()
+    pifa_compile.compress(model, pifa_compile.Svd(density=0.5, rank_multiple=1), progress=False)
+    with torch.no_grad():
+        torch.compile(model, backend="pifa", options={"density": 0.5, "inner": "eager"})(torch.randn(3, 8))
+    assert len(store.runs()) == 1
+    assert torch._dynamo.utils.counters["pifa"]["replaced"] == 1
+
+
+def test_input_projections_of_attention_are_held_by_it():
+    packed, apart = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    found = list(held_weights(nn.ModuleDict({"packed": packed, "apart": apart})))
+    assert [(w.name, w.shape, w.reason) for w in found] == [
+        ("packed.in_proj_weight", (24, 8), None),
+        ("apart.q_proj_weight", (8, 8), None),
+        ("apart.k_proj_weight", (8, 6), None),
+        ("apart.v_proj_weight", (8, 4), None),
+    ]

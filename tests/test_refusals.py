@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import pifa_compile
-from pifa_compile import Svd
+from pifa_compile import Svd, cli
 from pifa_compile.errors import InputError, NoRunError, PifaError
 
 
@@ -226,3 +226,28 @@ def test_load_names_a_layer_that_the_model_lacks(model, language_folder, store):
     (run,) = store.runs()
     with pytest.raises(InputError, match="has layers that LlamaForCausalLM has not: down, up"):
         pifa_compile.load(language_folder, run=run.header.run_id)
+
+
+# --- calibration files that are none ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "mpifa"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"x", "the text has 1 tokens, less than one window"),
+        (b"\x7fELF\x02\x01\x01\x00\xff\xfe", "is no UTF-8 text"),
+        (b"\x00" * 4096, "is no text: it has zero bytes"),
+    ],
+)
+def test_a_calibration_file_that_is_none_is_a_line(language_folder, tmp_path, capsys, content, problem, method):
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    arguments = ["compress", str(language_folder), "--density", "0.5", "--method", method, "--text", str(file)]
+    assert cli.main([*arguments, "--store", str(tmp_path / "elsewhere")]) == cli.FAILED
+    out, err = capsys.readouterr()
+    (line,) = (line for line in err.splitlines() if line.startswith("pifa: error: "))
+    assert problem in line and out == "" and "Traceback" not in err
+    assert not (tmp_path / "elsewhere").exists()

@@ -63,6 +63,7 @@ def test_a_text_file_is_read_as_utf_8(tmp_path):
         (b"", "is empty; give a text of some thousand words"),
         (b" \n\t\n", "is empty"),
         (b"\xff\xfe\x00", "is no UTF-8 text; convert it first"),
+        (b"a\x00b", "is no text: it has zero bytes"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused(tmp_path, content, problem):
