@@ -163,8 +163,13 @@ def operator_name(target: Any) -> str | None:
 
 
 def in_function_transform() -> bool:
-    """Whether the code runs inside of a transform of torch.func (vmap, grad ...), also while Dynamo traces it."""
+    """Whether the code runs inside of a transform of torch.func (vmap, grad ...)."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo asks while it traces, and guards the answer by itself. As torch.compiler.assume_constant_result marks it, which
+# imports all of Dynamo.
+setattr(in_function_transform, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def autocast_is_on() -> bool:

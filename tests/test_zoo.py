@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from zoo import ZOO, Species, linear_parameters
+from zoo import ZOO, Species, linear_parameters, lower_rank_
 
 import pifa_compile
 from pifa_compile import Svd, backend
@@ -177,6 +177,41 @@ def test_transparent_in_bfloat16(name, store):
 @pytest.mark.slow
 def test_through_inductor(specimen, monkeypatch):
     check_transparent(specimen, "inductor", monkeypatch)
+
+
+class Convolutions(nn.Module):
+    """A small residual net: bottlenecks of 1x1 convolutions around a 3x3 and a depthwise one, a strided shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.down, self.up = nn.Conv2d(32, 24, 1), nn.Conv2d(24, 48, 1, bias=False)
+        self.middle, self.depthwise = nn.Conv2d(24, 24, 3, padding=1, stride=2), nn.Conv2d(24, 24, 1, groups=24)
+        self.shortcut = nn.Conv2d(32, 48, 1, stride=2)
+        self.norm, self.mix, self.head = nn.BatchNorm2d(48), nn.Conv1d(48, 40, 1), nn.Linear(40, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.up(torch.relu(self.depthwise(torch.relu(self.middle(torch.relu(self.down(x)))))))
+        y = torch.relu(self.norm(y + self.shortcut(x)))
+        return self.head(self.mix(y.flatten(2)).mean(-1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolutional_net(memory_format, store, monkeypatch):
+    torch.manual_seed(0)
+    model = Convolutions().eval()
+    lower_rank_(model)
+    model, x = model.to(memory_format=memory_format), torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
+    report = pifa_compile.compress(model, Svd(density=0.95, rank_multiple=1), progress=False)
+    assert [r.name for r in report.run.layers if r.object] == ["down", "up", "mix", "head"]
+    witness = Witness(monkeypatch, "eager", store.root)
+    with torch.no_grad():
+        exact = [model(x)]
+        assert distance([torch.compile(model, backend=witness, fullgraph=True)(x)], exact) < EXACT
+        assert sorted(witness.reasons()) == ["1x1 convolution with groups 24", "1x1 convolution with stride (2, 2)"]
+        assert counters["pifa"]["replaced"] == 4
+        assert distance([pifa_compile.apply_(model)(x)], exact) < EXACT
 
 
 def test_there_are_enough_kinds():
