@@ -22,7 +22,7 @@ from pifa_compile.checkpoint import checkpoint_files, read_into
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, NoRunError
 from pifa_compile.factors import Factors
-from pifa_compile.layers import LinearWeight, linear_weights
+from pifa_compile.layers import LinearWeight, held_weights, linear_weights
 from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, as_parameters, factored_module
 from pifa_compile.options import Settings, resolve
 from pifa_compile.selection import choose_run, describe
@@ -68,6 +68,11 @@ def apply_(
             factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
             _set_module(model, name, made.train(module.training))
+    held = [w for w in held_weights(model) if w.reason is None]
+    for weight, digest in zip(held, digest_many([w.parameter.detach() for w in held]), strict=True):
+        record = chosen.by_digest.get(digest)
+        if record is not None and record.object is not None:
+            refused[weight.name] = why_not(model, weight.name) or ""
     _tell(refused)
     return model
 
@@ -95,7 +100,7 @@ def load(
     records = {name: (r, digests) for r in chosen.layers if r.object is not None for name, digests in r.layers}
     model = empty_model(source, dtype)
     wanted = next(model.parameters()).dtype
-    layers = {w.name: w for w in linear_weights(model)}
+    layers = {w.name: w for w in (*linear_weights(model), *held_weights(model))}
     missing = sorted(set(records) - set(layers))
     if missing:
         raise InputError(

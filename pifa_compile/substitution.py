@@ -15,15 +15,20 @@ from pifa_compile.layers import as_matrix, layout_of, matrix_shape
 READ = "its {owner} reads the weight and does not call the layer"
 OWN = "its class {kind} does more than a linear layer"
 REPLACED = "somebody put another forward on it"
+HOOKED = "it has hooks"
 
 
 def why_not(model: nn.Module, name: str) -> str | None:
-    """Why no other layer may stand in for the linear module ``name`` of a model, or None."""
-    module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    """Why no other layer may stand in for the linear module (or held weight) ``name`` of a model, or None."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
     if isinstance(owner, nn.MultiheadAttention):
         return READ.format(owner=type(owner).__name__)
+    module = owner.get_submodule(last)
     if "forward" in vars(module):
         return REPLACED
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return HOOKED
     if not _is_linear(module):
         return OWN.format(kind=type(module).__name__)
     return None

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 
 import pifa_compile
 from pifa_compile import PifaLinear, Svd
@@ -87,6 +88,30 @@ def test_a_class_that_does_more_is_left_alone(make, reason):
 def test_the_weight_that_attention_reads():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     assert why_not(model, "0.out_proj") == "its MultiheadAttention reads the weight and does not call the layer"
+
+
+def test_a_hook_would_be_lost():
+    model = nn.Sequential(nn.Linear(8, 8))
+    handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert why_not(model, "0") == "it has hooks"
+    handle.remove()
+    assert why_not(model, "0") is None
+
+
+def test_a_checkpoint_with_attention_of_torch_keeps_its_dense_weights(store, tmp_path, caplog):
+    """SigLIP pools by one: its projections are in the run, and only a graph can take them."""
+    species = ZOO["siglip"]
+    model = species.make()
+    model.save_pretrained(tmp_path / "model")
+    pifa_compile.compress(model, Svd(density=0.95, rank_multiple=1), name=str(tmp_path / "model"), progress=False)
+    both = pifa_compile.load(tmp_path / "model"), pifa_compile.apply_(copy.deepcopy(model))
+    assert caplog.text.count("(and 1 more) stays dense in the prepared model: its MultiheadAttention reads") == 2
+    with torch.no_grad():
+        for prepared in both:
+            attention = prepared.vision_model.head.attention
+            assert torch.equal(attention.in_proj_weight, model.vision_model.head.attention.in_proj_weight)
+            found, wanted = (m(**species.inputs()).logits_per_image for m in (prepared, model))
+            assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_a_prepared_model_keeps_what_a_subclass_does(store, caplog):
