@@ -90,6 +90,23 @@ def test_two_models_and_one_model_twice_with_different_options(model, tmp_path):
     assert not torch.allclose(coarse, fine, atol=1e-3)
 
 
+@torch.no_grad()
+def test_one_model_compiled_twice_with_different_options_takes_turns(model):
+    """Dynamo keeps what it compiled by the function, not by who compiled it: each must find its own again."""
+    x = torch.randn(3, 48)
+    pifa_compile.compress(model, Svd(density=0.4), progress=False)
+    ways = [{"density": 0.7}, {"density": 0.4}, {"density": 0.7, "skip": ["*down"]}]
+    compiled = [torch.compile(model, backend="pifa", options={"inner": "eager", **options}) for options in ways]
+    first = [each(x) for each in compiled]
+    assert torch.allclose(first[0], pifa_compile.apply_(copy.deepcopy(model), density=0.7)(x), atol=1e-5)
+    assert torch.allclose(first[1], pifa_compile.apply_(copy.deepcopy(model), density=0.4)(x), atol=1e-5)
+    assert all(not torch.allclose(first[i], first[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
+    graphs = counters["stats"]["unique_graphs"]
+    for each, y in [*zip(compiled, first, strict=True)][::-1]:
+        assert torch.equal(each(x), y)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_threads_that_compile_at_once(model):
     x, found = torch.randn(3, 48), []
     exact = expected(model, x)
