@@ -20,6 +20,10 @@ GRADIENT = (
     "trainable weight while gradients are on: call the model under torch.no_grad() or torch.inference_mode(), "
     "or accept the loss of its gradient with options={'allow_grad': True}"
 )
+FSDP = (
+    "gathered by FSDP for every call, so that nobody can tell whether it changed: shard a prepared model, "
+    "or say that it does not change with options={'staleness': 'off'}"
+)
 
 
 def detect(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -102,6 +106,8 @@ def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Con
         return "the weight is on the meta device and has no content"
     if _torch.innermost_module(site.node) == "PifaLinear":
         return "a factor of a prepared layer"
+    if context.settings.staleness != "off" and _torch.gathered_by_fsdp(placeholder):
+        return FSDP
     if not supported_dtype(weight.dtype):
         return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     if torch.is_grad_enabled() and weight.requires_grad and not context.settings.allow_grad:

@@ -104,6 +104,16 @@ def dotted(source: str) -> str:
     return ".".join(w for w in words if w not in ("_modules", "_parameters", "_buffers")) or text
 
 
+def gathered_by_fsdp(placeholder: fx.Node) -> bool:
+    """Whether a placeholder's value belongs to a module that FSDP shards, and is put together for each call."""
+    from torch._dynamo.source import FSDPNNModuleSource
+
+    source = _source(placeholder)
+    while source is not None and not isinstance(source, FSDPNNModuleSource):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
 def innermost_module(node: fx.Node) -> str:
     """The class name of the module whose forward made the node; empty if unknown."""
     stack = node.meta.get("nn_module_stack") or {}

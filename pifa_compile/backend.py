@@ -33,7 +33,7 @@ from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite, Plan
 from pifa_compile.recipes import FirstCall, Svd, recipe_for
 from pifa_compile.selection import choose_run
-from pifa_compile.staleness import DenseGraph, Watch, guard, guarded
+from pifa_compile.staleness import DenseGraph, Watch, guard_change, guard_identity, guarded
 from pifa_compile.store import LayerRecord, Run, Store
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,11 @@ def pifa(
     kept = gm.graph.find_nodes(op="placeholder")
     compiled = _compile_inner(gm, [values[node] for node in kept], settings)
     watched = context.plan.watched(values)
+    guard_identity(list(watched))
     if settings.staleness == "off" or not watched:
         return compiled
     watch = Watch([(_torch.placeholder_name(node), tensor) for node, tensor in watched.items()])
-    guard(list(watched), watch)
+    guard_change(list(watched), watch)
     return guarded(compiled, dense.bind(values, kept), watch, settings.staleness)
 
 

@@ -88,10 +88,18 @@ def guarded(compiled: Callable[..., Any], dense: Callable[..., Any], watch: Watc
     return run
 
 
-def guard(weights: Sequence[fx.Node], watch: Watch) -> None:
-    """Have Dynamo recompile when a placeholder's parameter is another object, or when the watch is no longer fresh."""
+def guard_identity(weights: Sequence[fx.Node]) -> None:
+    """Have Dynamo recompile when a placeholder's parameter is another object.
+
+    Under every policy: without it, blocks of one class would be served the factors of the first of them.
+    """
     for node in weights:
         _torch.guard_identity(node)
     if weights:
         _torch.guard_owner(weights[0])
+
+
+def guard_change(weights: Sequence[fx.Node], watch: Watch) -> None:
+    """Have Dynamo recompile when the watch is no longer fresh."""
+    if weights:
         _torch.guard_condition(weights[0], lambda: watch.fresh)

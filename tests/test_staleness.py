@@ -117,6 +117,29 @@ def test_off_serves_what_was_compiled(models):
     assert torch.equal(f(x), old)
 
 
+class Block(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("policy", ["check", "error", "off"])
+@torch.no_grad()
+def test_blocks_of_one_class_have_factors_of_their_own_under_every_policy(models, policy):
+    """Regional compilation: they share the function that Dynamo compiles."""
+    x = torch.randn(5, 48)
+    exact = [model(x) for model in models]
+    blocks = [Block(model) for model in models]
+    for block in blocks:
+        block.compile(backend="pifa", options={"inner": "eager", "staleness": policy, "density": 0.8})
+    for _ in range(2):
+        assert all(torch.allclose(block(x), y, atol=1e-5) for block, y in zip(blocks, exact, strict=True))
+    assert counters["pifa"]["replaced"] == 4
+
+
 @torch.no_grad()
 def test_with_a_named_run_the_new_weight_has_no_factors_and_runs_dense(models):
     model, other = models
