@@ -225,7 +225,7 @@ ZOO: dict[str, Species] = {
         "DeepseekV3ForCausalLM",
         DECODER
         | {"num_key_value_heads": 4, "num_hidden_layers": 2, "moe_intermediate_size": 24, "n_routed_experts": 4}
-        | {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 12}
+        | {"num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 12}
         | {"q_lora_rank": 24, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8},
         text,
         16,
@@ -304,7 +304,10 @@ ZOO: dict[str, Species] = {
     "vit": Species("ViTModel", VISION, image, 7),
     "dinov2": Species("Dinov2Model", VISION | {"mlp_ratio": 2}, image, 6),
     "convnext": Species(
-        "ConvNextModel", {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2}, image, 4
+        "ConvNextModel",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "layer_scale_init_value": 1.0},
+        image,
+        4,
     ),
     "swin": Species(
         "SwinModel",
