@@ -61,7 +61,7 @@ def interrupted(done: subprocess.CompletedProcess[str]) -> bool:
     ],
 )
 def test_compress(language_folder, tmp_path, place, count, kept):
-    arguments = ("compress", language_folder, "--density", 0.5, "--store", tmp_path / "kept")
+    arguments = ("compress", language_folder, "--method", "svd", "--density", 0.5, "--store", tmp_path / "kept")
     assert interrupted(run(tmp_path, place, count, *arguments))
     store = Store(tmp_path / "kept")
     runs = store.runs()
