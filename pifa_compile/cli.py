@@ -1,4 +1,4 @@
-"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | env | bench | demo.
+"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | export | env | bench | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed; ``diff`` ends with 0 whether the runs differ or not.
 Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
@@ -246,6 +246,25 @@ def _verify(options: argparse.Namespace) -> int:
     return UNVERIFIED if found.problems else DONE
 
 
+def _export(options: argparse.Namespace) -> int:
+    from pifa_compile.hf import export
+    from pifa_compile.loading import load_model
+    from pifa_compile.options import resolve
+    from pifa_compile.prepare import apply_run_
+
+    keys = ("run", "density", "method", "store")
+    chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    resolve(None, chosen)  # a mistake in them is told before the model is loaded
+    _quiet()
+    model, _ = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
+    run = apply_run_(model, **chosen)
+    out = export(model, options.out, source=options.model, run=run, max_shard_size=options.max_shard_size)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    facts = {"folder": str(out), "format": options.format, "run": run.run_id, "bytes": size}
+    _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB of weights; README.md says how to load it")
+    return DONE
+
+
 def _env(options: argparse.Namespace) -> int:
     import torch
 
@@ -417,6 +436,18 @@ def _parser() -> argparse.ArgumentParser:
     text = "measure the model on this text, dense and with each run, and compute the errors of every layer again"
     check.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     _store(check)
+
+    export = _command(commands, "export", _export, "write a model with the factors of a run, to share and to load")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    export.add_argument("--model", required=True, help="directory or Hugging Face id of the dense model")
+    export.add_argument("--format", choices=("hf",), default="hf", help="hf: a folder for from_pretrained (default)")
+    one = export.add_mutually_exclusive_group()
+    one.add_argument("--run", help="id of a compression run, or its beginning (default: the only one that fits)")
+    one.add_argument("--density", type=float, help="of the run")
+    export.add_argument("--method", help="of the run, beside a density")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    export.add_argument("--max-shard-size", default="50GB", help="of one file of weights (default: 50GB)")
+    _store(export)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
 

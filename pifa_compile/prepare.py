@@ -46,6 +46,20 @@ def apply_(
 
     Weights are recognised by content. Raises NoRunError if no run fits and AmbiguousRunError if several do.
     """
+    apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable)
+    return model
+
+
+def apply_run_(
+    model: nn.Module,
+    *,
+    run: str | None = None,
+    density: float | None = None,
+    method: str | None = None,
+    store: StorePath = None,
+    trainable: bool = False,
+) -> Run:
+    """As ``apply_``; returns the run that was chosen."""
     opened, settings = _store_and_settings(store, run, density, method)
     weights = [w for w in linear_weights(model) if w.reason is None]
     digests = digest_many([w.parameter.detach() for w in weights])
@@ -61,7 +75,7 @@ def apply_(
             factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
             _set_module(model, name, made.train(module.training))
-    return model
+    return chosen
 
 
 def load(
@@ -173,12 +187,8 @@ def _factored(
     trainable: bool = False,
 ) -> FactoredLinear:
     """What takes the place of a linear module."""
-    kind: dict[str, Any] = {"layout": weight.layout, "channel": _channel(weight)}
+    kind: dict[str, Any] = {"layout": weight.layout, "channel": weight.channel}
     return factored_module(factors, module._parameters.get("bias"), rows=rows, requires_grad=trainable, **kind)
-
-
-def _channel(weight: LinearWeight) -> int:
-    return 1 - weight.parameter.dim() if weight.layout == "conv1x1" else -1
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

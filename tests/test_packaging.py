@@ -21,7 +21,7 @@ SHARED = ("passes", "kernels")  # folders at the top level that are packages of 
 # From the top down: a room imports from itself and from rooms below it.
 ROOMS = (
     {"pifa_compile", "pifa_compile.__main__"},
-    {"pifa_compile.cli", "pifa_compile.hf"},
+    {"pifa_compile.cli"},
     {
         "pifa_compile.bench",
         "pifa_compile.demo",
@@ -29,6 +29,7 @@ ROOMS = (
         "pifa_compile.quality",
         "pifa_compile.verification",
     },
+    {"pifa_compile.hf"},
     {"pifa_compile.prepare", "pifa_compile.checkpoint"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
