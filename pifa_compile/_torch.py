@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
     fusing = {"loop_ordering_after_fusion": False} if torch.__version__ < "2.12" else {}
     compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=fusing | settings)  # type: ignore[assignment]
     return compiled
+
+
+def compile_package(program: Any, path: Path) -> None:
+    """Compile an exported program ahead of time, with AOTInductor, into a file."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
 
 
 def freezing(on: bool) -> AbstractContextManager[Any]:

@@ -139,8 +139,8 @@ def _example(model: Any, tokenizer: Any, batch: int) -> dict[str, Any]:
     import torch
 
     if model.main_input_name != "input_ids":
-        wanted = f"this model takes {model.main_input_name}, and the command dry-run makes inputs of text only"
-        raise InputError(f"{wanted}; call pifa_compile.dry_run(model, inputs) from Python")
+        wanted = f"this model takes {model.main_input_name}, and the command makes inputs of text only"
+        raise InputError(f"{wanted}; call pifa_compile.dry_run or pifa_compile.program from Python with your own")
     if tokenizer is None:
         return {"input_ids": torch.ones(batch, 8, dtype=torch.int64)}
     return dict(tokenizer(["A sentence of a few words, as long as need be."] * batch, return_tensors="pt"))
@@ -247,7 +247,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from pifa_compile.hf import export
     from pifa_compile.loading import load_model
     from pifa_compile.options import resolve
     from pifa_compile.prepare import apply_run_
@@ -255,14 +254,32 @@ def _export(options: argparse.Namespace) -> int:
     keys = ("run", "density", "method", "store")
     chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     resolve(None, chosen)  # a mistake in them is told before the model is loaded
+    if options.max_shard_size and options.format != "hf":
+        raise OptionError("--max-shard-size is of the format hf; the others write one file")
     _quiet()
-    model, _ = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
+    model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
     run = apply_run_(model, **chosen)
-    out = export(model, options.out, source=options.model, run=run, max_shard_size=options.max_shard_size)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    facts = {"folder": str(out), "format": options.format, "run": run.run_id, "bytes": size}
-    _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB of weights; README.md says how to load it")
+    if options.format == "hf":
+        from pifa_compile.hf import export
+
+        out = export(model, options.out, source=options.model, run=run, max_shard_size=options.max_shard_size or "50GB")
+        files, how = list(out.glob("*.safetensors")), "README.md says how to load it"
+    else:
+        from pifa_compile.program import export_program, save_program
+
+        program = export_program(model, _example(model, tokenizer, batch=2))
+        out = save_program(program, options.out, compiled=options.format == "aoti")
+        files, how = [out], _LOADERS[options.format]
+    size = sum(path.stat().st_size for path in files)
+    facts = {"path": str(out), "format": options.format, "run": run.run_id, "bytes": size}
+    _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB; {how}")
     return DONE
+
+
+_LOADERS = {
+    "pt2": "load it with torch.export.load(...).module()",
+    "aoti": "load it with torch._inductor.aoti_load_package(...)",
+}
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -438,15 +455,17 @@ def _parser() -> argparse.ArgumentParser:
     _store(check)
 
     export = _command(commands, "export", _export, "write a model with the factors of a run, to share and to load")
-    export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty; a file NAME.pt2")
     export.add_argument("--model", required=True, help="directory or Hugging Face id of the dense model")
-    export.add_argument("--format", choices=("hf",), default="hf", help="hf: a folder for from_pretrained (default)")
+    formats = "hf: a folder for from_pretrained (default); pt2: a program of torch.export, which runs without this "
+    formats += "package; aoti: the same compiled ahead of time for this machine"
+    export.add_argument("--format", choices=("hf", "pt2", "aoti"), default="hf", help=formats)
     one = export.add_mutually_exclusive_group()
     one.add_argument("--run", help="id of a compression run, or its beginning (default: the only one that fits)")
     one.add_argument("--density", type=float, help="of the run")
     export.add_argument("--method", help="of the run, beside a density")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
-    export.add_argument("--max-shard-size", default="50GB", help="of one file of weights (default: 50GB)")
+    export.add_argument("--max-shard-size", help="of one file of weights, for hf (default: 50GB)")
     _store(export)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")

@@ -462,7 +462,7 @@ def test_the_command_writes_all_that_a_shared_model_needs(language_folder, tmp_p
     assert cli.main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     weights = out / "model.safetensors"
-    assert found == {"folder": str(out), "format": "hf", "run": run.run_id, "bytes": weights.stat().st_size}
+    assert found == {"path": str(out), "format": "hf", "run": run.run_id, "bytes": weights.stat().st_size}
     own = {"README.md", "config.json", "generation_config.json", "model.safetensors", "pifa_model.py"}
     assert {path.name for path in out.iterdir()} == own | {"tokenizer.json", "tokenizer_config.json"}
     for name in ("tokenizer.json", "tokenizer_config.json"):

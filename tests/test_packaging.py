@@ -30,7 +30,7 @@ ROOMS = (
         "pifa_compile.verification",
     },
     {"pifa_compile.hf"},
-    {"pifa_compile.prepare", "pifa_compile.checkpoint"},
+    {"pifa_compile.prepare", "pifa_compile.checkpoint", "pifa_compile.program"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
     {"pifa_compile.compression"},
