@@ -140,7 +140,8 @@ def _example(model: Any, tokenizer: Any, batch: int) -> dict[str, Any]:
 
     if model.main_input_name != "input_ids":
         wanted = f"this model takes {model.main_input_name}, and the command makes inputs of text only"
-        raise InputError(f"{wanted}; call pifa_compile.dry_run or pifa_compile.program from Python with your own")
+        cure = "call pifa_compile.dry_run(model, inputs) or program.export_program(model, inputs) from Python"
+        raise InputError(f"{wanted}; {cure}")
     if tokenizer is None:
         return {"input_ids": torch.ones(batch, 8, dtype=torch.int64)}
     return dict(tokenizer(["A sentence of a few words, as long as need be."] * batch, return_tensors="pt"))

@@ -23,6 +23,7 @@ import pifa_compile
 from pifa_compile import Joint, PifaLinear, Svd, cli
 from pifa_compile.errors import FactorError, InputError
 from pifa_compile.hf import PifaConfig
+from pifa_compile.hf.card import model_card
 from pifa_compile.hf.config import GUARD, LayerForm
 from pifa_compile.hf.layers import build, describe
 from pifa_compile.modules import PairLinear, factored_layers
@@ -119,6 +120,16 @@ def test_round_trips_are_exact_in_one_file_and_in_many(kind, method, tmp_path):
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(torch.equal(one[key], many[key]) for key in one)
+
+
+def test_a_large_model_is_exported_without_its_dense_weights(tmp_path):
+    """``load`` never makes them, nor does what follows."""
+    dense, _ = make("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    run = pifa_compile.compress(dense, Svd(density=0.6), name=str(tmp_path / "dense"), progress=False).run
+    folder = pifa_compile.export(pifa_compile.load(tmp_path / "dense"), tmp_path / "out", run=run)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert same(loaded, pifa_compile.apply_(dense, run=run.run_id))
 
 
 def test_layers_that_share_rows_share_them_again_and_the_file_has_them_once(exported):
@@ -417,38 +428,42 @@ def test_importing_this_package_imports_neither_transformers_nor_torch():
     assert not {"transformers", "torch"} & set(found)
 
 
-REMOTE = """
-    import json, sys
-    from importlib.abc import MetaPathFinder
-    import transformers
-
-    class Block(MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name.partition(".")[0] == "pifa_compile":
-                raise ModuleNotFoundError(f"No module named {name!r}")
-
-    if sys.argv[2] == "blocked":
-        sys.meta_path.insert(0, Block())
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-    except ImportError as error:
-        print(json.dumps(str(error)))
-    else:
-        model.save_pretrained(sys.argv[3])
-        found = [type(model).__module__, type(model.model.layers[0].mlp.up_proj).__name__, type(model)._auto_class]
-        print(json.dumps(found))
-"""
-
-
-def test_with_trust_remote_code_the_folder_imports_this_package(exported, tmp_path):
+def test_with_trust_remote_code_the_folder_imports_this_package_or_names_it(exported, tmp_path):
     model, folder = exported
     again = tmp_path / "again"
-    found, _ = python(REMOTE, folder, "free", again, HF_HOME=str(tmp_path / "home"))
+    (refused, *found), _ = python(
+        """
+        import json, sys
+        from importlib.abc import MetaPathFinder
+        import transformers
+
+        class Block(MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.partition(".")[0] == "pifa_compile":
+                    raise ModuleNotFoundError(f"No module named {name!r}")
+
+        def load():
+            return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+
+        sys.meta_path.insert(0, Block())
+        try:
+            load()
+        except ImportError as error:
+            found = [str(error)]
+        del sys.meta_path[0]
+        model = load()
+        model.save_pretrained(sys.argv[2])
+        layer = model.model.layers[0].mlp.up_proj
+        print(json.dumps([*found, type(model).__module__, type(layer).__name__, type(model)._auto_class]))
+        """,
+        folder,
+        again,
+        HF_HOME=str(tmp_path / "home"),
+    )
+    assert "packages that were not found in your environment: pifa_compile" in refused
     assert found == ["transformers.models.llama.modeling_llama", "PifaLinear", None]
     assert "auto_map" not in json.loads((again / "config.json").read_text())
     assert same(transformers.AutoModelForCausalLM.from_pretrained(again), model)
-    found, _ = python(REMOTE, folder, "blocked", again, HF_HOME=str(tmp_path / "home"))
-    assert "packages that were not found in your environment: pifa_compile" in found
 
 
 # --- the command and the folder ---------------------------------------------------------------------------------------
@@ -498,6 +513,14 @@ def test_the_card_has_the_figures_of_model_and_run(tmp_path):
     ]  # fmt: skip
     assert f"{record.truncation:.1e}" in row and f"{record.error:.1e}" in row
     assert "pivot_rows of model.layers.0.self_attn.q_proj" in card
+
+
+@pytest.mark.parametrize(("source", "base"), [("someone/some-model", True), ("/a/folder/some-model", False)])
+def test_the_card_names_a_base_model_of_the_hub_and_no_folder_of_somebody_s(source, base):
+    model, run = prepare(make("tied")[0])
+    card = model_card(model, describe(model), source, run, run.header.recipe)
+    assert ('base_model: "someone/some-model"' in card) == base
+    assert "# some-model in" in card and "/a/folder" not in card
 
 
 def dense_left(run):

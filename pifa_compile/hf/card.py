@@ -77,7 +77,7 @@ The import is needed. Without it transformers says that it skips the quantizatio
 not match; let it never go on with `ignore_mismatched_sizes=True`, which would draw the weights at random. Auto classes
 with `trust_remote_code=True` import it themselves, where the package is installed.
 
-Layers are smaller and need fewer operations at once; `torch.compile(model, backend="pifa")` runs them fastest.
+`torch.compile(model, backend="pifa")` runs the layers on kernels that are made for this form.
 `model.dequantize()` makes them dense again, from their factors."""
 
 
