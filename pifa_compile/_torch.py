@@ -91,6 +91,16 @@ def name_lifted_buffer(gm: fx.GraphModule, name: str) -> None:
     sources[name] = ConstantSource(name)
 
 
+def inlined_parameters(gm: fx.GraphModule) -> int:
+    """How many parameters of two dimensions or more stand in a Dynamo graph as constants, not as inputs.
+
+    So Dynamo hands them over under a global ``torch._inductor.config.freezing`` (with gradients off).
+    """
+    targets = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    found = {id(p): p for name in targets if isinstance(p := getattr(gm, name, None), torch.nn.Parameter)}
+    return sum(p.dim() > 1 for p in found.values())
+
+
 def placeholder_name(node: fx.Node) -> str:
     """The dotted name that a placeholder's value has in the traced frame, e.g. ``model.layers.0.mlp.up_proj.weight``.
 
