@@ -55,8 +55,18 @@ def _own_error(error: BaseException | None) -> PifaError | None:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"pifa: error: {message}", file=sys.stderr)
+    print(_plain(f"pifa: error: {message}"), file=sys.stderr)
     return code
+
+
+def _plain(text: object) -> str:
+    """The text without what steers a terminal or turns its direction: a store may hold anybody's names and reasons."""
+    return str(text).translate(_STEERING)
+
+
+_CONTROL = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
+_DIRECTION = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_STEERING = dict.fromkeys((*_CONTROL, *_DIRECTION, *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}")
 
 
 def _quiet() -> None:
@@ -72,7 +82,7 @@ def _quiet() -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"pifa: warning: {message}", file=sys.stderr)
+    print(_plain(f"pifa: warning: {message}"), file=sys.stderr)
 
 
 def _say(line: str) -> None:
@@ -80,7 +90,7 @@ def _say(line: str) -> None:
 
 
 def _show(options: argparse.Namespace, data: Any, text: object) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False) if options.json else text)
+    print(json.dumps(data, indent=1, allow_nan=False) if options.json else _plain(text))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
