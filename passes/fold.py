@@ -231,7 +231,8 @@ def _write_in(order: Tensor, writer: Writer, buffers: Buffers, context: Context)
         node.args = (*node.args[:3], rows, bias, *node.args[5:])
     elif isinstance(factors, PairFactors):
         left = factors.left
-        site.factors = replace(factors, left=derived("rows", [left, order], lambda: left[order]))
+        rows_in_order = derived("rows", [left, order], lambda: left[order], [lambda t: t[torch.argsort(order)]])
+        site.factors = replace(factors, left=rows_in_order)
         with in_place_of(node):
             rows = buffers.get(site.factors.left, "left")
         node.args = (node.args[0], rows, bias)
@@ -277,7 +278,8 @@ def _read_in(order: Tensor, call: fx.Node, site: LinearSite, buffers: Buffers) -
     assert factors is not None
     name = "pivot_rows" if isinstance(factors, PifaFactors) else "right"
     matrix = factors.tensors()[name]
-    columns = derived("columns", [matrix, order], lambda: matrix[:, order].contiguous())
+    back = [lambda t: t[:, torch.argsort(order)].contiguous()]
+    columns = derived("columns", [matrix, order], lambda: matrix[:, order].contiguous(), back)
     site.factors = replace(factors, **{name: columns})  # type: ignore[arg-type]
     with in_place_of(call):
         given = buffers.get(columns, name)
