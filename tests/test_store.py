@@ -341,6 +341,23 @@ def test_nothing_is_written_through_a_folder_that_leads_out(store, tmp_path, fol
     assert not list(outside.iterdir())
 
 
+@pytest.mark.parametrize("target", ["locks/other.lock", "locks/.sweep.lock", "store.json", "runs/run.json"])
+@pytest.mark.parametrize("lock", ["run.lock", ".sweep.lock"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_stays(store, lock, target):
+    run = write(store)
+    write(store, "other")
+    path, other = store.root / "locks" / lock, store.root / target
+    before = other.read_bytes()
+    path.unlink()
+    path.symlink_to(other)
+    for wish in (lambda: write(store), lambda: store.gc(min_age=-1)):
+        with pytest.raises(errors.StoreError, match=r"\.lock: a lock is no link; remove|loop"):
+            wish()
+    if other != path:
+        assert other.read_bytes() == before
+        assert store.run("run") == run
+
+
 def test_what_is_no_file_is_refused(store):
     path = object_file(store, "0" * 64)
     path.parent.mkdir(parents=True)
