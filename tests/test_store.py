@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -724,6 +725,16 @@ def test_a_journal_that_was_changed_is_never_served(store, tmp_path):
     assert store.runs() == []
 
 
+def test_a_journal_of_line_ends_takes_no_more_memory_than_its_bytes(store):
+    path, good = begun(store)
+    path.write_bytes(good + b"\n" * (1 << 23))
+    tracemalloc.start()
+    with pytest.raises(errors.DamagedError, match="line 5 is not"):
+        store.run("run")
+    assert tracemalloc.get_traced_memory()[1] < 3 * (1 << 23)
+    tracemalloc.stop()
+
+
 def test_a_document_that_was_changed_is_never_served(store):
     run = write(store)
     path = store.root / "runs" / "run.json"
@@ -1285,11 +1296,15 @@ def test_processes_that_write_different_runs_do_not_disturb_each_other(store, sp
     pids = [
         spawn(str(store.root), f"run{i}", 12, 0.001, str(report), apart * i) for i, report in enumerate(reports)
     ]
-    while not all("end" in lines(report) for report in reports):
+
+    def all_ended() -> bool:
         for run in store.runs():  # a reader sees whole layers only
             assert store.verify(run.run_id) == []
         with suppress(errors.RunBusyError):
-            store.gc(min_age=-1)  # waits for a moment without writers, and then takes nothing that a run names
+            store.gc()
+        return all("end" in lines(report) for report in reports)
+
+    wait_for(all_ended)
     wait_for(lambda: not any(map(alive, pids)))
     assert all(sorted(lines(r)) == ["end", *sorted(f"layer{i}" for i in range(12))] for r in reports)
     for i in range(processes):
