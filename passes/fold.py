@@ -248,14 +248,17 @@ def _sort_rows(sites: Sequence[LinearSite], buffers: Buffers) -> None:
     if all(bool((order[1:] > order[:-1]).all()) for order in (pivots, others)):
         return
 
-    def moved(name: str, given: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        return derived(name, [given, place], make)
+    def moved(name: str, given: Tensor, make: Callable[[], Tensor], *back: Callable[[Tensor], Tensor]) -> Tensor:
+        return derived(name, [given, place], make, back)
+
+    def others_back(t: Tensor) -> Tensor:
+        return t[torch.argsort(others)][:, torch.argsort(pivots)].contiguous()
 
     old = factors.pivot_rows, factors.coefficients
     factors = replace(
         factors,
-        pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots]),
-        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous()),
+        pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots], lambda t: t[torch.argsort(pivots)]),
+        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous(), others_back),
         row_order=moved("rows in order", place, lambda: torch.cat([place[:r][pivots], place[r:][others]])),
     )
     for site in sites:

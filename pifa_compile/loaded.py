@@ -26,7 +26,7 @@ def shared_factors(store: Store, record: LayerRecord, dtype: torch.dtype, device
         held = _LOADED.get(key)
         factors = None if held is None else held.get()
         if factors is None:
-            for gone in [known for known, other in _LOADED.items() if not other.alive]:
+            for gone in [known for known, other in _LOADED.items() if not (other.alive or _can_be_had(known, other))]:
                 del _LOADED[gone]
             factors = _again(key, held) if held is not None else None
             if factors is None:
@@ -42,6 +42,16 @@ def _again(key: _Key, held: _Held) -> Factors | None:
     """The factors, where all that is gone can be had back from what was derived of it; None where it cannot."""
     matrices = {name: t for name in held.names if (t := _had_back((*key, name), held.living().get(name))) is not None}
     return held.put_together(matrices) if len(matrices) == len(held.names) else None
+
+
+def _can_be_had(key: _Key, held: _Held) -> bool:
+    return any(_is_kept((*key, name)) for name in held.names)
+
+
+def _is_kept(content: Hashable) -> bool:
+    """Whether anything that was derived of this content is held."""
+    made = _DERIVED_OF.get(content, {})
+    return any((key in _DERIVED and _DERIVED[key]() is not None) or _is_kept(key) for key in made)
 
 
 def _had_back(content: Hashable, living: Tensor | None) -> Tensor | None:
