@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import pifa_compile
 from pifa_compile import Store, Svd
 from pifa_compile.errors import AmbiguousRunError, OptionError, RecordError
 from pifa_compile.loading import load_model, minilm_folder
+from pifa_compile.store.objects import object_path
 
 
 class Mlp(nn.Module):
@@ -378,6 +380,30 @@ def test_freezing_as_an_option_replaces_all_and_warns_of_nothing(low_rank_mlp):
         y = torch.compile(low_rank_mlp, backend="pifa", options={"freezing": True})(x)
     assert counts()["replaced"] == 2
     assert relative(y, low_rank_mlp(x)) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_factors_that_a_first_call_made_and_a_disk_lost_are_told_of_and_made_again(root, damage):
+    model, x = Mlp().eval(), torch.randn(32, 64)
+
+    def call():
+        torch.compiler.reset()
+        gc.collect()  # what is in memory is not read again
+        with torch.no_grad():
+            return torch.compile(model, backend="pifa", options={"density": 0.6, "inner": "eager"})(x)
+
+    first = call()
+    (run,) = Store().runs()
+    path = object_path(Store().root, run.layers[1].object)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(Exception, match=r"down: .*safetensors.*Store\.delete_run, and call again"):
+        call()
+    Store().delete_run(run.run_id)
+    assert torch.equal(call(), first)
+    assert Store().verify(run.run_id) == []
 
 
 def test_a_run_that_tells_a_wrong_shape_is_refused_by_the_name_of_the_layer(low_rank_mlp, root):

@@ -48,7 +48,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CURE = "remove the file and compress again: only the layers that are missing are computed"
+CURE = (
+    "remove the file and compress again, which computes only what is missing; "
+    "of a run that a first call made, remove the run with Store.delete_run, and call again"
+)
 
 
 class _Entry(NamedTuple):
