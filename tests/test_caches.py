@@ -29,12 +29,12 @@ import pifa_compile.backend
 given = json.loads(sys.argv[1])
 if "tag" in given:
     pifa_compile.backend.cache_tag = lambda: given["tag"]
-width = given.get("width", 64)
+width, device = given.get("width", 64), given.get("device", "cpu")
 
 def measured(model, **settings):
     counters.clear()
     with torch.no_grad():
-        y = torch.compile(model, backend="pifa", **settings)(torch.ones(4, width))
+        y = torch.compile(model, backend="pifa", **settings)(torch.ones(4, width, device=device))
     return {
         "pifa": dict(counters["pifa"]),
         "graphs": counters["stats"]["unique_graphs"],
@@ -47,7 +47,7 @@ def measured(model, **settings):
     }
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)).eval()
+model = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)).eval().to(device)
 found = measured(model, options={"density": 0.6, **given.get("options", {})})
 if given.get("prepared"):
     found["prepared"] = measured(pifa_compile.apply_(model, density=0.6))
@@ -97,9 +97,10 @@ def test_a_prepared_model_is_not_compiled_again_in_a_second_process(runs):
     assert warm["y"] == cold["y"]
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: on CPU there is nothing to tune")
 def test_a_second_process_tunes_nothing_again(tmp_path):
-    cold, warm = (run(tmp_path, options={"max_autotune": True}, width=256) for _ in range(2))
+    cold, warm = (run(tmp_path, options={"max_autotune": True}, width=256, device="cuda") for _ in range(2))
     assert cold["tuned"] > 0
     assert (warm["tuned"], warm["aot_hit"], warm["fx_miss"]) == (0, 1, 0)
     assert warm["y"] == cold["y"]

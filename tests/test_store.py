@@ -208,6 +208,8 @@ def test_an_unknown_factor_format_is_refused_by_name(store, monkeypatch):
         name = store.put_object({"a": torch.ones(2)}, {"factor_format": "int8_rows"})
     with pytest.raises(errors.FactorFormatError, match=r"'int8_rows'.*float.*update"):
         store.get_object(name)
+    with pytest.raises(errors.FactorFormatError, match=r"^layer7: .*'int8_rows'.*float.*update"):
+        store.factors(record("layer7", name))
 
 
 def test_a_damaged_object_is_never_served(store):
@@ -289,6 +291,29 @@ def test_a_header_without_bounds_is_refused(store):
     os.truncate(path, objects.MAX_OBJECT + 1)  # sparse: takes no room
     with pytest.raises(errors.DamagedError, match="more than"):
         store.get_object("0" * 64)
+
+
+def test_an_object_that_does_not_fit_into_memory_says_so(store, monkeypatch):
+    name = store.put_factors(factors())
+
+    def empty(*arguments: object, **keywords: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(errors.DamagedError, match="no memory for the"):
+        store.get_object(name)
+
+
+def test_an_object_that_is_cut_while_it_is_read_is_refused(store, monkeypatch):
+    name, memory = store.put_factors(factors()), objects._memory
+
+    def cut(path: Path, entry: object) -> torch.Tensor:
+        os.truncate(path, path.stat().st_size - 1)
+        return memory(path, entry)
+
+    monkeypatch.setattr(objects, "_memory", cut)
+    with pytest.raises(errors.DamagedError, match="ends too early"):
+        store.get_object(name)
 
 
 def test_a_missing_object_says_so(store):
@@ -1002,6 +1027,13 @@ def test_the_default_place(monkeypatch, tmp_path):
     assert Store().root == tmp_path / "hub"
     assert calls == [(("pifa_compile",), {"namespace": "store", "subfolder": "default"})]
 
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise PermissionError(13, "Permission denied", "/hub/assets")
+
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", refuse)
+    with pytest.raises(errors.StoreAccessError, match=r"/hub/assets: Permission denied.*PIFA_CACHE_DIR"):
+        Store()
+
 
 def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path):
     """A path under a file: unlike permissions, it stops root as well."""
@@ -1170,6 +1202,17 @@ def test_a_full_disk_under_an_object(store, small_disk):
     with pytest.raises(errors.StoreAccessError, match=r"objects.*PIFA_CACHE_DIR"):
         store.put_object({"a": torch.ones(10_000)}, FLOAT)
     assert everything(store.root) == before
+
+
+def test_a_full_disk_under_a_scratch_file(store, small_disk):
+    scratch, small = Scratch(store.root, "run"), {"a": torch.ones(3)}
+    scratch.put("part", small)
+    small_disk(3000)
+    with pytest.raises(errors.StoreAccessError, match=r"scratch.*PIFA_CACHE_DIR"):
+        scratch.put("part", {"a": torch.ones(10_000)})
+    assert torch.equal(scratch.get("part")[0]["a"], small["a"])  # what had the name is still there
+    scratch.clear()
+    assert not everything(store.root / "scratch")
 
 
 def test_a_full_disk_under_a_journal(store, small_disk):
