@@ -359,6 +359,14 @@ def test_a_bad_option_called_directly_is_an_option_error():
         pifa_compile.pifa(torch.fx.symbolic_trace(nn.Identity()), [], options={"density": 1.5})
 
 
+def test_the_log_tells_what_the_dense_weights_take(low_rank_mlp, caplog):
+    with torch.no_grad(), caplog.at_level("INFO", "pifa_compile"):
+        torch.compile(low_rank_mlp, backend="pifa", options={"inner": "eager"})(torch.randn(3, 64))
+    megabytes = 2 * 4 * 64 * 160 / 1e6
+    assert "2 of 2 linear layers replaced from run svd-0.9" in caplog.text
+    assert f"dense weights stay in memory beside the factors: {megabytes:.1f} MB" in caplog.text
+
+
 def test_weights_that_dynamo_hides_are_told_of(low_rank_mlp):
     """Under a global ``freezing`` they come as constants of the graph: a warning, not a silent dense model."""
     from torch._inductor import config
