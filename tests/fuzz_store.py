@@ -261,7 +261,7 @@ def hostile_object(root: Path, good: Good, chance: random.Random) -> str:
     if chance.random() < 0.2:
         done.append(spoil_value(record, chance))
     (root / f"runs/{run_id}.json").write_text(json.dumps(seal(body)))
-    return f"object of {record['name']}: {done}"
+    return f"object {path.stem}: {done}"
 
 
 def spoil_entry(header: Any, chance: random.Random) -> str:
