@@ -563,6 +563,7 @@ def test_a_hostile_run_id_never_becomes_a_path(store, run_id):
         {"layers": -1},
         {"created": "yesterday"},
         {"seed": 1.0},
+        {"seed": 1 << 64},
         {"versions": {"torch": 2}},
         {"schema": 2},
         {"schema": True},

@@ -266,7 +266,7 @@ _HEADER_RULES: dict[str, Callable[[Any], object]] = {
     "created": is_created,
     "revision": _or_none(_is_str),
     "calibration": _or_none(_is_json_object),
-    "seed": lambda value: type(value) is int,
+    "seed": lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64,
     "versions": is_string_map,
     "schema": lambda value: type(value) is int and value == SCHEMA,
 }
