@@ -13,9 +13,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", ["damage", "hostile"])
-@pytest.mark.parametrize("rounds", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_spoilt_store_serves_what_is_right_or_says_what_is_wrong(kind, rounds):
-    first = 0 if rounds == 50 else 100_000
+    first = 0 if rounds == 30 else 100_000
     command = [sys.executable, str(HERE / "fuzz_store.py"), "--kind", kind]
     command += ["--rounds", str(rounds), "--first", str(first)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
