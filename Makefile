@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long coverage lint clean
 
 demo: $(READY)
 	$(BIN)/pifa demo
@@ -14,6 +14,10 @@ test: lint
 
 test-long: lint
 	$(BIN)/pytest
+
+# The lines and branches that the tests of `make test` do not reach, with their numbers.
+coverage: $(READY)
+	$(BIN)/pytest -m "not slow" --cov
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -25,5 +29,5 @@ $(READY): pyproject.toml constraints.txt .ci/venv
 
 # Leaves $(VENV), which is expensive to make.
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from pifa_compile import _torch
 from pifa_compile.passes.page import page_data, render_page
 from pifa_compile.passes.plan import Context
 from pifa_compile.passes.snapshot import Snapshot, op_name
-from pifa_compile.passes.table import plan_rows, render_rows, render_summary
+from pifa_compile.passes.table import dense_weights, plan_rows, render_memory, render_rows, render_summary
 
 
 class Dump:
@@ -63,8 +63,10 @@ class Dump:
         """Write the table of all linear layers, and the page."""
         if self._wanted:
             rows = plan_rows(self._context.plan)
-            text = f"{render_rows(rows)}\n\n{render_summary(rows)}\n{_run_line(self._context)}\n"
-            data = {"run": _run_id(self._context), "linears": rows}
+            held = sum(weight.nbytes for weight in dense_weights(self._context.plan).values())
+            facts = filter(None, (render_summary(rows), render_memory(held), _run_line(self._context)))
+            text = "\n".join([render_rows(rows), "", *facts, ""])
+            data = {"run": _run_id(self._context), "dense_bytes": held, "linears": rows}
             self._write("linears.txt", lambda: text)
             self._write("linears.json", lambda: json.dumps(data, indent=1) + "\n")
         if self.folder is not None and self._captured is not None:

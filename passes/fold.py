@@ -231,7 +231,8 @@ def _write_in(order: Tensor, writer: Writer, buffers: Buffers, context: Context)
         node.args = (*node.args[:3], rows, bias, *node.args[5:])
     elif isinstance(factors, PairFactors):
         left = factors.left
-        site.factors = replace(factors, left=derived("rows", [left, order], lambda: left[order]))
+        rows_in_order = derived("rows", [left, order], lambda: left[order], [lambda t: t[torch.argsort(order)]])
+        site.factors = replace(factors, left=rows_in_order)
         with in_place_of(node):
             rows = buffers.get(site.factors.left, "left")
         node.args = (node.args[0], rows, bias)
@@ -247,14 +248,17 @@ def _sort_rows(sites: Sequence[LinearSite], buffers: Buffers) -> None:
     if all(bool((order[1:] > order[:-1]).all()) for order in (pivots, others)):
         return
 
-    def moved(name: str, given: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        return derived(name, [given, place], make)
+    def moved(name: str, given: Tensor, make: Callable[[], Tensor], *back: Callable[[Tensor], Tensor]) -> Tensor:
+        return derived(name, [given, place], make, back)
+
+    def others_back(t: Tensor) -> Tensor:
+        return t[torch.argsort(others)][:, torch.argsort(pivots)].contiguous()
 
     old = factors.pivot_rows, factors.coefficients
     factors = replace(
         factors,
-        pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots]),
-        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous()),
+        pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots], lambda t: t[torch.argsort(pivots)]),
+        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous(), others_back),
         row_order=moved("rows in order", place, lambda: torch.cat([place[:r][pivots], place[r:][others]])),
     )
     for site in sites:
@@ -277,7 +281,8 @@ def _read_in(order: Tensor, call: fx.Node, site: LinearSite, buffers: Buffers) -
     assert factors is not None
     name = "pivot_rows" if isinstance(factors, PifaFactors) else "right"
     matrix = factors.tensors()[name]
-    columns = derived("columns", [matrix, order], lambda: matrix[:, order].contiguous())
+    back = [lambda t: t[:, torch.argsort(order)].contiguous()]
+    columns = derived("columns", [matrix, order], lambda: matrix[:, order].contiguous(), back)
     site.factors = replace(factors, **{name: columns})  # type: ignore[arg-type]
     with in_place_of(call):
         given = buffers.get(columns, name)

@@ -15,10 +15,12 @@ dense: 0.95 apart and 0.85 grouped for one token, 0.86 and 0.81 for 16, 0.71 and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
@@ -85,7 +87,7 @@ def _join(family: Sequence[Sequence[LinearSite]], buffers: Buffers) -> None:
     shared = argument(first, 1, "pivot_rows") if family[0][0].prepared else None
     parts = [_factors(sites).pivot_rows for sites in family]
     with in_place_of(first) as graph:
-        rows = shared or buffers.get(derived("stacked", parts, lambda: torch.cat(parts)), "pivot_rows")
+        rows = shared or buffers.get(derived("stacked", parts, lambda: torch.cat(parts), _unstack(parts)), "pivot_rows")
         y_p = graph.call_function(linear, (first.all_input_nodes[0], rows))
     start = 0
     for sites in family:
@@ -98,3 +100,13 @@ def _join(family: Sequence[Sequence[LinearSite]], buffers: Buffers) -> None:
             y_np = graph.call_function(linear, (own, coefficients))
         write_output(sites, own, y_np, bias, buffers)
         start = stop
+
+
+def _unstack(parts: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:
+    """For each part: what makes it again from all of them in one."""
+    ends = list(accumulate(len(part) for part in parts))
+    return [partial(_slice, start, stop) for start, stop in pairwise([0, *ends])]
+
+
+def _slice(start: int, stop: int, stacked: Tensor) -> Tensor:
+    return stacked[start:stop].clone()

@@ -22,7 +22,7 @@ from torch import fx
 from pifa_compile.pages import fill
 from pifa_compile.passes.plan import ORIGIN, LinearSite, Plan
 from pifa_compile.passes.snapshot import Snapshot
-from pifa_compile.passes.table import site_row
+from pifa_compile.passes.table import dense_weights, site_row
 
 
 def page_data(name: str, captured: Snapshot, graph: fx.Graph, plan: Plan) -> dict[str, Any]:
@@ -162,7 +162,10 @@ def _linear(site: LinearSite) -> dict[str, Any]:
 
 
 def _totals(plan: Plan, linears: list[dict[str, Any]]) -> dict[str, int]:
-    """Sums over the calls in factored form (taken), and over all; bytes count each weight once."""
+    """Sums over the calls in factored form (taken), and over all; bytes count each weight once.
+
+    bytes_kept  of dense weights that stay in memory beside the factors
+    """
     taken = {i: row for i, row in enumerate(linears) if row["state"].startswith(("pifa", "pair"))}
     weights = {plan.sites[i].weight: row for i, row in taken.items() if row["bytes_before"]}
     sums: dict[str, int] = {"taken": len(taken), "linears": len(linears)}
@@ -170,6 +173,7 @@ def _totals(plan: Plan, linears: list[dict[str, Any]]) -> dict[str, int]:
         sums[f"numbers_{when}"] = sum(row[f"numbers_{when}"] for row in taken.values())
         sums[f"all_{when}"] = sum(row[f"numbers_{when}"] for row in linears if row["state"] != "erased")
         sums[f"bytes_{when}"] = sum(row[f"bytes_{when}"] for row in weights.values())
+    sums["bytes_kept"] = sum(weight.nbytes for weight in dense_weights(plan).values())
     return sums
 
 

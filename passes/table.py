@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tabulate import tabulate
+from torch import Tensor
 
 from pifa_compile.factors import flop_per_token
 from pifa_compile.passes.plan import LinearSite, Plan
@@ -64,6 +65,20 @@ def _form(site: LinearSite) -> str:
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """``site_row`` of every site, in graph order."""
     return [site_row(s) for s in plan.sites]
+
+
+def dense_weights(plan: Plan) -> dict[int, Tensor]:
+    """The weights of the layers in factored form, by id: the model still owns them, so they stay in memory."""
+    taken = (s for s in plan.sites if s.parameter is not None and _form(s) != "dense")
+    return {id(s.parameter): s.parameter for s in taken if s.parameter is not None}
+
+
+def render_memory(dense_bytes: int) -> str:
+    """One line on what dense weights take beside the factors; empty where there are none."""
+    if not dense_bytes:
+        return ""
+    held = f"{dense_bytes / 1e6:.2f} MB of their dense weights stay in memory beside the factors"
+    return f"{held}: the model owns them; pifa_compile.apply_ lets them go"
 
 
 def render_rows(rows: list[dict[str, Any]]) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pifa_compile.hf.on_import import register_with_transformers
+
 if TYPE_CHECKING:
     from pifa_compile.backend import pifa
     from pifa_compile.compression import CompressionReport, compress
     from pifa_compile.dryrun import DryRun, dry_run
     from pifa_compile.errors import PifaError
     from pifa_compile.factors import PairFactors, PifaFactors
+    from pifa_compile.hf.folder import export
     from pifa_compile.modules import PifaLinear
     from pifa_compile.prepare import apply_, load, restore_
     from pifa_compile.recipes import Joint, Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
@@ -35,6 +38,7 @@ _HOME = {
     "compress": "compression",
     "apply_": "prepare",
     "dry_run": "dryrun",
+    "export": "hf.folder",
     "load": "prepare",
     "pifa": "backend",
     "recipe_from_json": "recipes",
@@ -58,6 +62,7 @@ __all__ = [
     "apply_",
     "compress",
     "dry_run",
+    "export",
     "load",
     "pifa",
     "recipe_from_json",
@@ -70,3 +75,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'pifa_compile' has no attribute {name!r}")
     return getattr(import_module(f"pifa_compile.{_HOME[name]}"), name)
+
+
+register_with_transformers()

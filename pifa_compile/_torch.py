@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any
     return compiled
 
 
+def compile_package(program: Any, path: Path) -> None:
+    """Compile an exported program ahead of time, with AOTInductor, into a file."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
+
+
 def freezing(on: bool) -> AbstractContextManager[Any]:
     """Have Inductor take parameters as constants, and pack them, or not; what is compiled inside is what it says."""
     from torch._inductor import config
@@ -81,6 +89,16 @@ def name_lifted_buffer(gm: fx.GraphModule, name: str) -> None:
 
     sources: Any = gm._param_name_to_source
     sources[name] = ConstantSource(name)
+
+
+def inlined_parameters(gm: fx.GraphModule) -> int:
+    """How many parameters of two dimensions or more stand in a Dynamo graph as constants, not as inputs.
+
+    So Dynamo hands them over under a global ``torch._inductor.config.freezing`` (with gradients off).
+    """
+    targets = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    found = {id(p): p for name in targets if isinstance(p := getattr(gm, name, None), torch.nn.Parameter)}
+    return sum(p.dim() > 1 for p in found.values())
 
 
 def placeholder_name(node: fx.Node) -> str:

@@ -31,8 +31,9 @@ from pifa_compile.passes.lookup import NO_RUN
 from pifa_compile.passes.pairs import Pair, folded_bias
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite, Plan
+from pifa_compile.passes.table import dense_weights
 from pifa_compile.recipes import FirstCall, Svd, recipe_for
-from pifa_compile.selection import choose_run
+from pifa_compile.selection import check_shapes, choose_run
 from pifa_compile.staleness import DenseGraph, Watch, guard_change, guard_identity, guarded
 from pifa_compile.store import LayerRecord, Run, Store
 
@@ -51,6 +52,7 @@ def pifa(
     The graph is rewritten in place. Weights keep their dense copy, because the model still owns it.
     """
     settings = resolve(mode, options)
+    warn_of_constants(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, example_inputs, strict=True))
     graph = CapturedGraph(gm, values)
@@ -71,6 +73,16 @@ def pifa(
     watch = Watch([(_torch.placeholder_name(node), tensor) for node, tensor in watched.items()])
     guard_change(list(watched), watch)
     return guarded(compiled, dense.bind(values, kept), watch, settings.staleness)
+
+
+def warn_of_constants(gm: fx.GraphModule) -> None:
+    """Say so where Dynamo has hidden weights from the backend: their layers stay dense."""
+    if count := _torch.inlined_parameters(gm):
+        warnings.warn(
+            f"pifa: {count} weights are constants of the graph, which cannot be replaced, so their layers stay dense: "
+            "torch._inductor.config.freezing is on globally; give it to this backend, as options={'freezing': True}",
+            stacklevel=2,
+        )
 
 
 def _compile_inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Callable[..., Any]:
@@ -113,7 +125,10 @@ def factor_pairs(store: Store, pairs: Sequence[Pair], values: Mapping[fx.Node, A
 
 def find_run(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
     """The run of the store that fits the weights of the sites, or None."""
-    return choose_run(store, [s.digest for s in sites if s.digest is not None], settings)
+    run = choose_run(store, [s.digest for s in sites if s.digest is not None], settings)
+    if run is not None:
+        check_shapes(run, ((s.digest, s.layout, s.shape) for s in sites if s.digest and s.shape))
+    return run
 
 
 def compress_now(store: Store, settings: Settings, plan: Plan, graph: CapturedGraph) -> Run | None:
@@ -143,8 +158,7 @@ def _common_prefix(names: list[str]) -> str:
 def _tell(context: Context) -> None:
     """One log line of what was done, and one warning where the user can do something about layers left dense."""
     sites = context.plan.sites
-    replaced = {id(s.parameter): s.parameter for s in sites if s.factors is not None and s.parameter is not None}
-    kept = sum(p.nbytes for p in replaced.values()) / 1e6
+    kept = sum(weight.nbytes for weight in dense_weights(context.plan).values()) / 1e6
     run = context.plan.run.header.run_id if context.plan.run is not None else "none"
     log.info(
         "%d of %d linear layers replaced from run %s; their dense weights stay in memory beside the factors: %.1f MB",

@@ -1,4 +1,4 @@
-"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | env | bench | demo.
+"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | export | env | bench | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed; ``diff`` ends with 0 whether the runs differ or not.
 Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
@@ -55,8 +55,18 @@ def _own_error(error: BaseException | None) -> PifaError | None:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"pifa: error: {message}", file=sys.stderr)
+    print(_plain(f"pifa: error: {message}"), file=sys.stderr)
     return code
+
+
+def _plain(text: object) -> str:
+    """The text without what steers a terminal or turns its direction: a store may hold anybody's names and reasons."""
+    return str(text).translate(_STEERING)
+
+
+_CONTROL = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
+_DIRECTION = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_STEERING = dict.fromkeys((*_CONTROL, *_DIRECTION, *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}")
 
 
 def _quiet() -> None:
@@ -72,7 +82,7 @@ def _quiet() -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"pifa: warning: {message}", file=sys.stderr)
+    print(_plain(f"pifa: warning: {message}"), file=sys.stderr)
 
 
 def _say(line: str) -> None:
@@ -80,7 +90,7 @@ def _say(line: str) -> None:
 
 
 def _show(options: argparse.Namespace, data: Any, text: object) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False) if options.json else text)
+    print(json.dumps(data, indent=1, allow_nan=False) if options.json else _plain(text))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -139,8 +149,9 @@ def _example(model: Any, tokenizer: Any, batch: int) -> dict[str, Any]:
     import torch
 
     if model.main_input_name != "input_ids":
-        wanted = f"this model takes {model.main_input_name}, and the command dry-run makes inputs of text only"
-        raise InputError(f"{wanted}; call pifa_compile.dry_run(model, inputs) from Python")
+        wanted = f"this model takes {model.main_input_name}, and the command makes inputs of text only"
+        cure = "call pifa_compile.dry_run(model, inputs) or program.export_program(model, inputs) from Python"
+        raise InputError(f"{wanted}; {cure}")
     if tokenizer is None:
         return {"input_ids": torch.ones(batch, 8, dtype=torch.int64)}
     return dict(tokenizer(["A sentence of a few words, as long as need be."] * batch, return_tensors="pt"))
@@ -244,6 +255,42 @@ def _verify(options: argparse.Namespace) -> int:
         return _fail(error, UNVERIFIED)
     _show(options, found.to_json(), found)
     return UNVERIFIED if found.problems else DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pifa_compile.loading import load_model
+    from pifa_compile.options import resolve
+    from pifa_compile.prepare import apply_run_
+
+    keys = ("run", "density", "method", "store")
+    chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    resolve(None, chosen)  # a mistake in them is told before the model is loaded
+    if options.max_shard_size and options.format != "hf":
+        raise OptionError("--max-shard-size is of the format hf; the others write one file")
+    _quiet()
+    model, tokenizer = load_model(options.model, _dtype(options.dtype), need_tokenizer=False)
+    run = apply_run_(model, **chosen)
+    if options.format == "hf":
+        from pifa_compile.hf import export
+
+        out = export(model, options.out, source=options.model, run=run, max_shard_size=options.max_shard_size or "50GB")
+        files, how = list(out.glob("*.safetensors")), "README.md says how to load it"
+    else:
+        from pifa_compile.program import export_program, save_program
+
+        program = export_program(model, _example(model, tokenizer, batch=2))
+        out = save_program(program, options.out, compiled=options.format == "aoti")
+        files, how = [out], _LOADERS[options.format]
+    size = sum(path.stat().st_size for path in files)
+    facts = {"path": str(out), "format": options.format, "run": run.run_id, "bytes": size}
+    _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB; {how}")
+    return DONE
+
+
+_LOADERS = {
+    "pt2": "load it with torch.export.load(...).module()",
+    "aoti": "load it with torch._inductor.aoti_load_package(...)",
+}
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -417,6 +464,20 @@ def _parser() -> argparse.ArgumentParser:
     text = "measure the model on this text, dense and with each run, and compute the errors of every layer again"
     check.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
     _store(check)
+
+    export = _command(commands, "export", _export, "write a model with the factors of a run, to share and to load")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty; a file NAME.pt2")
+    export.add_argument("--model", required=True, help="directory or Hugging Face id of the dense model")
+    formats = "hf: a folder for from_pretrained (default); pt2: a program of torch.export, which runs without this "
+    formats += "package; aoti: the same compiled ahead of time for this machine"
+    export.add_argument("--format", choices=("hf", "pt2", "aoti"), default="hf", help=formats)
+    one = export.add_mutually_exclusive_group()
+    one.add_argument("--run", help="id of a compression run, or its beginning (default: the only one that fits)")
+    one.add_argument("--density", type=float, help="of the run")
+    export.add_argument("--method", help="of the run, beside a density")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    export.add_argument("--max-shard-size", help="of one file of weights, for hf (default: 50GB)")
+    _store(export)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
 

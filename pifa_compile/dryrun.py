@@ -11,14 +11,14 @@ import torch
 from torch import fx
 
 from pifa_compile import _torch, cost, machine
-from pifa_compile.backend import find_run, make_context
+from pifa_compile.backend import find_run, make_context, warn_of_constants
 from pifa_compile.compression.ranks import plan_uniform
 from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Factors, Form, PifaFactors, numbers
 from pifa_compile.options import Settings, resolve
 from pifa_compile.passes.pairs import Pair
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite
-from pifa_compile.passes.table import plan_rows, render_rows, render_summary
+from pifa_compile.passes.table import dense_weights, plan_rows, render_memory, render_rows, render_summary
 from pifa_compile.recipes import recipe_for
 from pifa_compile.store import LayerRecord, Run, Store
 
@@ -29,19 +29,29 @@ class DryRun:
 
     run      the compression run that would be used, None if there is none
     planned  whether the ranks are a plan: the first call would compress the weights, and choose ranks by its inputs
+    dense    bytes of each dense weight that would stay in memory beside its factors, by the id of the weight
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     graphs: int = 0
     run: str | None = None
     planned: bool = False
+    dense: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of dense weights that would stay in memory beside the factors, each weight once."""
+        return sum(self.dense.values())
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON."""
-        return {"run": self.run, "planned": self.planned, "graphs": self.graphs, "linears": self.rows}
+        facts = {"run": self.run, "planned": self.planned, "graphs": self.graphs, "dense_bytes": self.dense_bytes}
+        return facts | {"linears": self.rows}
 
     def __str__(self) -> str:
         lines = [render_rows(self.rows), "", render_summary(self.rows)]
+        if memory := render_memory(self.dense_bytes):
+            lines.append(memory)
         if self.planned:
             lines.append("no run has this density: the first call would compress; its ranks may differ from this plan")
         elif self.run is not None:
@@ -76,6 +86,7 @@ def dry_run(
 def _observe(
     gm: fx.GraphModule, example_inputs: list[Any], *, report: DryRun, settings: Settings
 ) -> Callable[..., Any]:
+    warn_of_constants(gm)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
 
     def find_or_plan(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
@@ -94,6 +105,7 @@ def _observe(
     for site, row in zip(context.plan.sites, rows, strict=True):
         row |= _predicted(site, row["state"])
     report.rows += rows
+    report.dense |= {key: weight.nbytes for key, weight in dense_weights(context.plan).items()}
     return gm.forward
 
 

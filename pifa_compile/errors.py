@@ -115,16 +115,17 @@ class StoreVersionError(StoreError):
 class FactorFormatError(StoreError):
     """Factors in a format that this version does not know."""
 
-    def __init__(self, path: Path, found: str | None, known: Iterable[str]) -> None:
-        super().__init__(f"{path}: factor format {found!r} is not known here ({', '.join(known)}); update pifa-compile")
-        self.path = path
+    def __init__(self, path: Path, found: str | None, known: Iterable[str], layer: str = "") -> None:
+        problem = f"factor format {str(found)[:80]!r} is not known here ({', '.join(known)})"
+        super().__init__(f"{_label(layer)}{path}: {problem}; update pifa-compile")
+        self.path, self.found, self.known, self.layer = path, found, tuple(known), layer
 
 
 class DamagedError(StoreError):
     """A file of the store is not what was written."""
 
     def __init__(self, path: Path, problem: str, cure: str, layer: str = "") -> None:
-        super().__init__(f"{layer}{': ' if layer else ''}{path}: {problem}; {cure}")
+        super().__init__(f"{_label(layer)}{path}: {problem}; {cure}")
         self.path, self.problem, self.cure, self.layer = path, problem, cure, layer
 
 
@@ -159,6 +160,10 @@ class RecordError(StoreError, ValueError):
 
     def __init__(self, owner: str, problem: str) -> None:
         super().__init__(f"{owner}: {problem}")
+
+
+def _label(layer: str) -> str:
+    return f"{layer}: " if layer else ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from pifa_compile.compression.measure import Measure
 from pifa_compile.compression.moments import SecondMoments
 from pifa_compile.digest import digest_many
 from pifa_compile.layers import as_matrix, linear_weights
+from pifa_compile.recipes import recipe_from_json
 from pifa_compile.store import LayerRecord, Run, Store
 
 #: What a figure that is computed again may differ by from the record: relative, and absolute for rounding.
@@ -87,11 +88,13 @@ class RunCheck:
 def check_layers(store: Store, run: Run, model: nn.Module, tokenizer: Any, text: Path | str) -> RunCheck:
     """Compute the errors of a run's layers again on a text; the run must have been made of the model.
 
+    Raises RecipeError if the run tells of a recipe that is none.
+
     Where text, tokenizer and model are those that the run was calibrated on, the part that it held out is measured, so
     that the figures must be those of its records; of any other text all windows are.
     """
-    recipe = run.header.recipe
-    size = {"windows": recipe.get("windows", 64), "length": recipe.get("window_length", 256)}
+    recipe = recipe_from_json(run.header.recipe)
+    size = {"windows": getattr(recipe, "windows", 64), "length": getattr(recipe, "window_length", 256)}
     calibration = calibrate_on(model, text, tokenizer, **size, seed=run.header.seed)
     same = calibration.identity == run.header.calibration and bool(calibration.held_out)
     calibration = calibration.to(next(model.parameters()).device)

@@ -33,6 +33,11 @@ class LinearWeight:
         """(m, n)."""
         return matrix_shape(self.parameter, self.layout)
 
+    @property
+    def channel(self) -> int:
+        """The dimension of the layer's input that holds the features, from the end."""
+        return 1 - self.parameter.dim() if self.layout == "conv1x1" else -1
+
 
 def matrix_shape(parameter: Tensor, layout: Layout) -> tuple[int, int]:
     """(m, n) of the matrix that a parameter holds."""

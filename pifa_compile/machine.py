@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import platform
 import re
 import time
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 
 from pifa_compile import _torch
 from pifa_compile.cost import Profile
+from pifa_compile.errors import StoreError
 from pifa_compile.store import default_root
-from pifa_compile.store.files import write
+from pifa_compile.store.files import read, write
+from pifa_compile.store.json_text import parse
 
 #: Of the file that keeps a profile; another version is measured again.
 VERSION = 2
@@ -29,6 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 4, 16, 64, 128, 512)
 #: Up to so many tokens a product's weight is read from memory, as in a model; with more that makes no difference.
 FEW = 16
+_LONGEST = 1 << 16  # bytes of a file with a profile
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
@@ -44,28 +48,38 @@ def profile(device: torch.device | str = "cpu", *, root: Path | None = None, mea
     None if there is none and ``measure`` is False.
     """
     name = device_name(device)
-    path = (root or default_root()) / "machines" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
-    kept = _read(path, name)
+    place = (root or default_root()).resolve()
+    path = place / "machines" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    kept = _read(place, path, name)
     if kept is None and measure:
         kept = measure_profile(device)
-        place = root or default_root()
         write(place, path, json.dumps({"version": VERSION} | asdict(kept), indent=1).encode() + b"\n")
     return kept
 
 
-def _read(path: Path, name: str) -> Profile | None:
+def _read(root: Path, path: Path, name: str) -> Profile | None:
     """The profile in the file; None if there is none, or it is of another version or device, or damaged."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse(read(root, path, _LONGEST))
         if data.pop("version") != VERSION or data["device"] != name:
             return None
         rates = {
             dtype: dict(sorted((int(tokens), float(rate)) for tokens, rate in known.items()))
             for dtype, known in data.pop("rates").items()
         }
-        return Profile(rates=rates, **data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = Profile(rates=rates, **data)
+        return found if _is_possible(found) else None
+    except (OSError, StoreError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_possible(profile: Profile) -> bool:
+    """Whether every prediction can be made with it."""
+    rates = [rate for known in profile.rates.values() for rate in known.values()]
+    numbers = (profile.bandwidth, profile.gather, profile.call, *rates)
+    tokens = [count for known in profile.rates.values() for count in known]
+    complete = all(profile.rates.get(_torch.dtype_name(dtype)) for dtype in DTYPES)
+    return complete and all(0 < number < math.inf for number in (*numbers, *tokens))
 
 
 def measure_profile(device: torch.device | str = "cpu") -> Profile:

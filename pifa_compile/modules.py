@@ -8,6 +8,7 @@ compiles well with torch's own backend.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +129,7 @@ class PifaLinear(_Factored):
         rows: int | None = None,
     ) -> None:
         super().__init__(factors.bias if factors.bias is not None else bias, layout, channel, requires_grad, rows)
-        self._y_exponent = round(math.log2(factors.y_scale))  # Dynamo takes an int as a constant, a float as an input
+        self.y_exponent = round(math.log2(factors.y_scale))  # Dynamo takes an int as a constant, a float as an input
         self.pivot_rows = _own_parameter(factors.pivot_rows, requires_grad)
         self.coefficients = _own_parameter(factors.coefficients, requires_grad)
         self.register_buffer("row_order", factors.row_order)
@@ -137,7 +138,12 @@ class PifaLinear(_Factored):
 
     @property
     def y_scale(self) -> float:
-        return 2.0**self._y_exponent
+        return 2.0**self.y_exponent
+
+    def refresh(self) -> None:
+        """Make the gather order follow a row order that was replaced."""
+        if not self.row_order.is_meta:
+            self.gather_order = gather_order(self.row_order)
 
     def factors(self) -> PifaFactors:
         """The layer's factors, sharing memory with it."""
@@ -145,9 +151,11 @@ class PifaLinear(_Factored):
 
     def _apply_factors(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
-        if not plain or (torch.compiler.is_compiling() and not _torch.in_function_transform()):
+        compiling = torch.compiler.is_compiling() and not _torch.in_function_transform()
+        if (compiling or not plain) and not torch.compiler.is_exporting():
             # One node for passes and lowerings; and under autocast, or for a wrong dtype, the operator's own rules.
-            # The operator has no rules for vmap and torch.func.grad: what it is made of has.
+            # The operator has no rules for vmap and torch.func.grad: what it is made of has. What is exported must run
+            # without this package, so it has operators of torch alone.
             bias = self.bias if self.rows is None else None
             y: Tensor = linear(x, self.pivot_rows, self.coefficients, self.row_order, bias, self.y_scale)
             if self.rows is None:
@@ -156,7 +164,7 @@ class PifaLinear(_Factored):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         order = self.gather_order if self.rows is None else self.gather_order[: self.rows]
         y = two_linears(x, self.pivot_rows, self.coefficients, self.y_scale).index_select(-1, order)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _matrix(self) -> Tensor:
         wide = torch.promote_types(self.pivot_rows.dtype, torch.float32)
@@ -204,6 +212,13 @@ class PairLinear(_Factored):
 FactoredLinear = PifaLinear | PairLinear
 
 
+def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
+    """The factored layers of a model with their names, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, PifaLinear | PairLinear):
+            yield name, module
+
+
 def factored_module(
     factors: Factors,
     bias: Tensor | None,
@@ -240,6 +255,5 @@ def _own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
 
 
 def _refresh(module: nn.Module, _: Any) -> None:
-    """The gather order follows a row order that was loaded."""
-    if isinstance(module, PifaLinear) and not module.row_order.is_meta:
-        module.gather_order = gather_order(module.row_order)
+    if isinstance(module, PifaLinear):
+        module.refresh()

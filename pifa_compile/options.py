@@ -50,17 +50,22 @@ class Settings:
 
 
 def resolve(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from what torch.compile hands a backend; raises OptionError, with the nearest name of an unknown key."""
+    """Settings from what torch.compile hands a backend; raises OptionError, with the nearest name of an unknown key.
+
+    torch.compile takes a mode or options, never both, so the mode may be one of the options.
+    """
     values = _from_environment(options or {})
-    inductor: dict[str, Any] = _mode(mode)
     known = _torch.inductor_keys()
+    inductor: dict[str, Any] = _mode(mode if options is None else options.get("mode", mode))
     for key, value in (options or {}).items():
+        if key == "mode":
+            continue
         if key in _PARSERS:
             values[key] = _parse(key, value, f"option {key}={value!r}")
         elif (dotted := key.replace("-", "_")) in known:
             inductor[dotted] = value
         else:
-            raise UnknownOptionError(key, [*_PARSERS, *known])
+            raise UnknownOptionError(key, ["mode", *_PARSERS, *known])
     if values.get("run") and (values.get("density") or values.get("method")):
         raise OptionError("options 'run' and 'density' or 'method' both choose the compression run; give one of them")
     if values.get("method") and not values.get("density"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pifa_compile.factors import Factors
 from pifa_compile.layers import LinearWeight, held_weights, linear_weights
 from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, as_parameters, factored_module
 from pifa_compile.options import Settings, resolve
-from pifa_compile.selection import choose_run, describe
+from pifa_compile.selection import check_shapes, choose_run, describe
 from pifa_compile.store import LayerRecord, Run, Store
 from pifa_compile.substitution import why_not
 
@@ -49,14 +49,29 @@ def apply_(
 
     Weights are recognised by content. Raises NoRunError if no run fits and AmbiguousRunError if several do.
     """
+    apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable)
+    return model
+
+
+def apply_run_(
+    model: nn.Module,
+    *,
+    run: str | None = None,
+    density: float | None = None,
+    method: str | None = None,
+    store: StorePath = None,
+    trainable: bool = False,
+) -> Run:
+    """As ``apply_``; returns the run that was chosen."""
     opened, settings = _store_and_settings(store, run, density, method)
     weights = [w for w in linear_weights(model) if w.reason is None]
     digests = digest_many([w.parameter.detach() for w in weights])
     chosen = choose_run(opened, digests, settings)
     if chosen is None or not any(d in chosen.by_digest for d in digests):
         raise NoRunError(str(opened.root), [describe(r) for r in opened.runs()])
+    check_shapes(chosen, ((d, w.layout, w.shape) for w, d in zip(weights, digests, strict=True)))
     by_parameter = {id(w.parameter): (w, d) for w, d in zip(weights, digests, strict=True)}
-    own = _Own(opened, trainable)
+    own, names = _Own(opened, trainable), _names(model)
     refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         weight, digest = by_parameter.get(id(module._parameters.get("weight")), (None, ""))
@@ -67,14 +82,14 @@ def apply_(
                 continue
             factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
-            _set_module(model, name, made.train(module.training))
+            _set_module(model, names[id(module)], made.train(module.training))
     held = [w for w in held_weights(model) if w.reason is None]
     for weight, digest in zip(held, digest_many([w.parameter.detach() for w in held]), strict=True):
         record = chosen.by_digest.get(digest)
         if record is not None and record.object is not None:
             refused[weight.name] = why_not(model, weight.name) or ""
     _tell(refused)
-    return model
+    return chosen
 
 
 def load(
@@ -106,14 +121,15 @@ def load(
         raise InputError(
             f"run {chosen.run_id} has layers that {type(model).__name__} has not: {', '.join(missing[:5])}"
         )
+    given = {name: next(iter(digests.values()), "") for name, (_, digests) in records.items()}
+    check_shapes(chosen, ((given[name], layers[name].layout, layers[name].shape) for name in records))
     refused = {name: reason for name in records if (reason := why_not(model, name)) is not None}
     _tell(refused)
     records = {name: found for name, found in records.items() if name not in refused}
-    own = _Own(opened)
-    for name, (record, digests) in records.items():
-        factors = own.factors(record, wanted, torch.device(device))
-        rows = record.rows_of(next(iter(digests.values()), ""))
-        _set_module(model, name, _factored(model.get_submodule(name), layers[name], factors, rows))
+    own, names = _Own(opened), _names(model)
+    for name, (record, _) in records.items():
+        factors, module = own.factors(record, wanted, torch.device(device)), model.get_submodule(name)
+        _set_module(model, names[id(module)], _factored(module, layers[name], factors, record.rows_of(given[name])))
     dense = {f"{name}.weight": (name, digests) for name, (_, digests) in records.items()}
     read_into(model, checkpoint_files(source), device, lambda key, t: _check(*dense[key], t, verify), skip=set(dense))
     return model.to(device).eval()
@@ -121,9 +137,10 @@ def load(
 
 def restore_(model: nn.Module) -> nn.Module:
     """Replace every factored layer, in place, by a dense one with the weight that its factors stand for (C P)."""
-    for name, module in list(model.named_modules()):
+    names = _names(model)
+    for module in list(model.modules()):
         if isinstance(module, PifaLinear | PairLinear):
-            _set_module(model, name, _dense_module(module).train(module.training))
+            _set_module(model, names[id(module)], _dense_module(module).train(module.training))
     return model
 
 
@@ -189,12 +206,16 @@ def _factored(
     trainable: bool = False,
 ) -> FactoredLinear:
     """What takes the place of a linear module."""
-    kind: dict[str, Any] = {"layout": weight.layout, "channel": _channel(weight)}
+    kind: dict[str, Any] = {"layout": weight.layout, "channel": weight.channel}
     return factored_module(factors, module._parameters.get("bias"), rows=rows, requires_grad=trainable, **kind)
 
 
-def _channel(weight: LinearWeight) -> int:
-    return 1 - weight.parameter.dim() if weight.layout == "conv1x1" else -1
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """By the id of each module, all the names that the model has for it."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(name)
+    return found
 
 
 def _tell(refused: dict[str, str]) -> None:
@@ -205,11 +226,14 @@ def _tell(refused: dict[str, str]) -> None:
         log.warning("%s%s stays dense in the prepared model: %s", name, others, reason)
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    if not name:
-        raise InputError("the model itself is a linear layer; put it into a module, e.g. torch.nn.Sequential(model)")
-    setattr(model.get_submodule(parent), last, module)
+def _set_module(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    """Let a module stand under each of the names."""
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        if not name:
+            cure = "put it into a module, e.g. torch.nn.Sequential(model)"
+            raise InputError(f"the model itself is a linear layer; {cure}")
+        setattr(model.get_submodule(parent), last, module)
 
 
 def _check(name: str, digests: dict[str, str], dense: Tensor, verify: bool) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from pifa_compile.errors import AmbiguousRunError
+from pifa_compile.errors import AmbiguousRunError, RecordError
 from pifa_compile.options import Settings
 from pifa_compile.recipes import FirstCall
 from pifa_compile.store import Run, Store
@@ -32,6 +32,23 @@ def choose_run(store: Store, digests: Sequence[str], settings: Settings) -> Run 
     if len(fitting) > 1:
         raise AmbiguousRunError([describe(run) for run in fitting])
     return fitting[0] if fitting else None
+
+
+def check_shapes(run: Run, weights: Iterable[tuple[str, str, tuple[int, int]]]) -> None:
+    """Raise RecordError, naming the layer, where the run tells a weight's shape wrong.
+
+    weights  (digest, layout, shape) of each
+
+    A digest stands for the weight and its shape, but the shape that a run tells beside it is only as true as the run.
+    """
+    for digest, layout, (m, n) in weights:
+        record = run.by_digest.get(digest)
+        if record is None or record.object is None or record.layout != layout:
+            continue
+        start, stop = record.rows_of(digest) or (0, record.shape[0])
+        if (stop - start, record.shape[1]) != (m, n):
+            problem = f"run {run.run_id!r} says {stop - start} x {record.shape[1]}, the weight is {m} x {n}"
+            raise RecordError(f"layer {record.name!r}", f"{problem}; remove the run with Store.delete_run")
 
 
 def _asked_for(run: Run, settings: Settings) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch._dynamo.utils import counters
 
 import pifa_compile
 from pifa_compile import Store, Svd
-from pifa_compile.errors import AmbiguousRunError, OptionError
+from pifa_compile.errors import AmbiguousRunError, OptionError, RecordError
 from pifa_compile.loading import load_model, minilm_folder
+from pifa_compile.store.objects import object_path
 
 
 class Mlp(nn.Module):
@@ -354,3 +357,75 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(low_rank_mlp):
 def test_a_bad_option_called_directly_is_an_option_error():
     with pytest.raises(OptionError, match="density"):
         pifa_compile.pifa(torch.fx.symbolic_trace(nn.Identity()), [], options={"density": 1.5})
+
+
+def test_the_log_tells_what_the_dense_weights_take(low_rank_mlp, caplog):
+    with torch.no_grad(), caplog.at_level("INFO", "pifa_compile"):
+        torch.compile(low_rank_mlp, backend="pifa", options={"inner": "eager"})(torch.randn(3, 64))
+    megabytes = 2 * 4 * 64 * 160 / 1e6
+    assert "2 of 2 linear layers replaced from run svd-0.9" in caplog.text
+    assert f"dense weights stay in memory beside the factors: {megabytes:.1f} MB" in caplog.text
+
+
+def test_weights_that_dynamo_hides_are_told_of(low_rank_mlp):
+    """Under a global ``freezing`` they come as constants of the graph: a warning, not a silent dense model."""
+    from torch._inductor import config
+
+    x = torch.randn(3, 64)
+    with torch.no_grad(), config.patch(freezing=True):
+        with pytest.warns(UserWarning, match=r"2 weights are constants.*freezing.*options=\{'freezing': True\}"):
+            y = torch.compile(low_rank_mlp, backend="pifa")(x)
+        with pytest.warns(UserWarning, match="2 weights are constants"):
+            pifa_compile.dry_run(low_rank_mlp, x)
+    assert counts()["replaced"] == 0
+    assert relative(y, low_rank_mlp(x)) < 1e-5
+
+
+def test_freezing_as_an_option_replaces_all_and_warns_of_nothing(low_rank_mlp):
+    x = torch.randn(3, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        y = torch.compile(low_rank_mlp, backend="pifa", options={"freezing": True})(x)
+    assert counts()["replaced"] == 2
+    assert relative(y, low_rank_mlp(x)) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_factors_that_a_first_call_made_and_a_disk_lost_are_told_of_and_made_again(root, damage):
+    model, x = Mlp().eval(), torch.randn(32, 64)
+
+    def call():
+        torch.compiler.reset()
+        gc.collect()  # what is in memory is not read again
+        with torch.no_grad():
+            return torch.compile(model, backend="pifa", options={"density": 0.6, "inner": "eager"})(x)
+
+    first = call()
+    (run,) = Store().runs()
+    path = object_path(Store().root, run.layers[1].object)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(Exception, match=r"down: .*safetensors.*Store\.delete_run, and call again"):
+        call()
+    Store().delete_run(run.run_id)
+    assert torch.equal(call(), first)
+    assert Store().verify(run.run_id) == []
+
+
+def test_a_run_that_tells_a_wrong_shape_is_refused_by_the_name_of_the_layer(low_rank_mlp, root):
+    store = Store()
+    (run,) = store.runs()
+    up, down = run.layers
+    lying = [replace(up, digests=down.digests), replace(down, digests=up.digests)]
+    store.delete_run(run.run_id)
+    with store.write_run(run.header) as writer:
+        for record in lying:
+            writer.add(record)
+        writer.finish()
+    with torch.no_grad(), pytest.raises(Exception, match=r"layer 'down'.*says 64 x 160, the weight is 160 x 64"):
+        torch.compile(low_rank_mlp, backend="pifa", options={"inner": "eager"})(torch.randn(2, 64))
+    with pytest.raises(RecordError, match=r"says 64 x 160, the weight is 160 x 64.*delete_run"):
+        pifa_compile.apply_(low_rank_mlp)
+    assert isinstance(low_rank_mlp.up, nn.Linear)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from pifa_compile import cli, reports
-from pifa_compile.store import Store
+from pifa_compile.store import LayerRecord, RunHeader, Store
 from pifa_compile.store.objects import object_path
 from pifa_compile.store.writer import document_path
 
@@ -310,6 +310,19 @@ def test_a_damaged_run_is_told(pifa, run_id, store):
     assert (code, err) == (0, "")
     assert f"problem: {path}: it is not what was written" in out
     assert pifa("inspect", "--verify")[0] == 3
+
+
+def test_names_in_a_store_do_not_steer_the_terminal(pifa, store):
+    hostile = "\x1b]0;owned\x07\x9b2J\u202ename\ud800"
+    header = RunHeader("run", hostile, {"method": "svd"}, 1, "2025-01-02T03:04:05Z")
+    with store.write_run(header) as writer:
+        sizes = {"shape": (3, 4), "rank": 0, "numbers": 12, "bytes": 0, "seconds": 0.0, "reason": hostile}
+        writer.add(LayerRecord(name=f"x{hostile}", digests={}, object=None, form="dense", **sizes))
+        writer.finish()
+    for arguments in (["inspect"], ["inspect", "run"], ["verify"], ["inspect", "run", "--json"]):
+        code, out, _ = pifa(*arguments)
+        assert code == 0 and not set(out) & set("\x1b\x07\x9b\u202e\ud800")
+    assert "owned" in pifa("inspect", "run")[1]
 
 
 def test_a_store_of_a_newer_version_fails(pifa, llama, run_id, store):

@@ -86,3 +86,24 @@ def test_what_the_user_has_compiled_stays_compiled(block):
             assert report.graphs == 1
         compiled(x)
     assert len(graphs) == 1
+
+
+def test_what_the_dense_weights_take_beside_the_factors_is_told(block):
+    x, dense = torch.randn(2, 48), 4 * 2 * 96 * 48
+    report = pifa_compile.dry_run(block, x, options={"density": 0.5})
+    assert report.dense_bytes == report.to_json()["dense_bytes"] == dense
+    assert f"{dense / 1e6:.2f} MB of their dense weights stay in memory" in str(report)
+    pifa_compile.compress(block, Svd(density=0.5, skip=("down",)), progress=False)
+    assert pifa_compile.dry_run(block, x).dense_bytes == dense / 2
+    prepared = pifa_compile.dry_run(pifa_compile.apply_(block), x)
+    assert prepared.dense_bytes == 0 and "stay in memory" not in str(prepared)
+
+
+def test_a_weight_in_several_graphs_is_counted_once(block):
+    def forward(x):
+        y = block.up(x)
+        torch._dynamo.graph_break()
+        return block.up(x) + y
+
+    report = pifa_compile.dry_run(forward, torch.randn(2, 48), options={"density": 0.5})
+    assert len(report.rows) == 2 and report.dense_bytes == 4 * 96 * 48

@@ -13,6 +13,7 @@ from pifa_compile import Mpifa, Svd, SvdLlm
 from pifa_compile.cli import main
 from pifa_compile.compression.calibration import calibrate_on
 from pifa_compile.compression.inputs import input_moments
+from pifa_compile.errors import RecipeError
 from pifa_compile.layer_errors import check_layers, find_problem
 from pifa_compile.loading import load_model
 from pifa_compile.recipes import Calibrated, Joint
@@ -66,6 +67,14 @@ def test_input_moments_are_those_of_every_layer_in_the_whole_model(language, tex
         x = inputs(model, name, batches)
         torch.testing.assert_close(seen[name].gram, x.T @ x, rtol=1e-6, atol=1e-6)
         assert seen[name].count == len(x)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"method": "x", "version": 1}, {"windows": "many"}, {"density": -1}], ids=str)
+def test_a_run_that_tells_of_no_recipe_is_refused(language, store, texts, recipe):
+    run = compressed(language, Svd(density=0.5), store, texts[0])
+    told = run.header.recipe | recipe if recipe else {}
+    with pytest.raises(RecipeError):
+        check_layers(store, replace(run, header=replace(run.header, recipe=told)), *language, texts[1])
 
 
 @pytest.mark.parametrize(

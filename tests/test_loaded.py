@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from pifa_compile import apply_, loaded, restore_
 from pifa_compile.compression import compress
 from pifa_compile.errors import DamagedError
 from pifa_compile.factors import PairFactors, PifaFactors
-from pifa_compile.loaded import shared_factors
+from pifa_compile.loaded import derived, shared_factors
 from pifa_compile.recipes import Svd
-from pifa_compile.store import LayerRecord, Store
+from pifa_compile.store import LayerRecord, Store, objects
 from pifa_compile.store.objects import object_path
 
 CPU = torch.device("cpu")
@@ -21,13 +22,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def reads(monkeypatch):
     """The digests of the objects that were read from a store, in order."""
-    found, read = [], Store.get_object
+    found, read = [], objects.read_object
 
-    def counting(self, digest, device="cpu"):
+    def counting(root, digest, *arguments):
         found.append(digest)
-        return read(self, digest, device)
+        return read(root, digest, *arguments)
 
-    monkeypatch.setattr(Store, "get_object", counting)
+    monkeypatch.setattr(objects, "read_object", counting)
     return found
 
 
@@ -105,16 +106,72 @@ def test_what_is_damaged_is_not_loaded(store, factors):
         shared_factors(store, record, torch.float32, CPU)
 
 
+class Siblings(nn.Module):
+    """Two layers that share their first product, and a third into whose columns the order of both goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+MODELS = {
+    "apart": lambda: nn.Sequential(nn.Linear(32, 32), nn.Softmax(-1), nn.Linear(32, 48)),
+    "folded": lambda: nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 40)),
+    "grouped": Siblings,
+}
+
+
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_recompilation_reads_nothing_again(reads, inner):
-    # Softmax keeps the layers apart: of folded pivot rows only the folded ones stay in memory, so those are read again.
-    model = nn.Sequential(nn.Linear(32, 32), nn.Softmax(-1), nn.Linear(32, 48)).eval()
-    compress(model, Svd(density=0.5), progress=False)
+@pytest.mark.parametrize("form", ["pifa", "pair"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_recompilation_reads_nothing_again(reads, name, form, inner):
+    model = MODELS[name]().eval()
+    compress(model, Svd(density=0.5, form=form), progress=False)
     compiled = torch.compile(model, backend="pifa", dynamic=False, options={"inner": inner})
-    with torch.no_grad():
-        compiled(torch.randn(3, 32))
-        assert len(reads) == 2
-        gc.collect()
-        compiled(torch.randn(5, 32))
+    seen = []
+    for _ in range(2):
+        for size in (3, 5, 7):
+            x = torch.linspace(-1, 1, size * 32).view(size, 32)
+            seen.append(compiled(x))
+            gc.collect()
+    layers = sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert len(reads) == layers
+    assert torch._dynamo.utils.counters["pifa"]["replaced"] == 3 * layers
+    assert all(torch.equal(first, again) for first, again in zip(seen[:3], seen[3:], strict=True))
+    exact = restore_(apply_(model)).double()
+    for y, size in zip(seen, (3, 5, 7), strict=False):
+        torch.testing.assert_close(y.double(), exact(torch.linspace(-1, 1, size * 32).view(size, 32).double()))
+    del compiled
+    torch.compiler.reset()
+    gc.collect()
+    assert not any(other.alive for other in loaded._LOADED.values())
+
+
+def test_what_is_made_again_is_what_was_read(reads, store):
+    """By way of two tensors that were derived one of the other, and of which the first is gone as well."""
+    given = PifaFactors(torch.randn(2, 5), torch.randn(4, 2), torch.randperm(6, dtype=torch.int32), y_scale=0.25)
+    record, order = put(store, given), torch.randperm(5)
+
+    def derive():
+        factors = shared_factors(store, record, torch.float32, CPU)
+        rows = factors.pivot_rows
+        columns = derived("c", [rows, order], lambda: rows[:, order], [lambda t: t[:, torch.argsort(order)].clone()])
+        both = derived("s", [columns], lambda: torch.cat([columns, columns]), [lambda t: t[:2].clone()])
+        return factors.coefficients, both
+
+    held = derive()
+    again = shared_factors(store, record, torch.float32, CPU)
+    assert len(reads) == 1
+    assert all(torch.equal(t, given.tensors()[name]) for name, t in again.tensors().items())
+    assert again.y_scale == 0.25
+    del again, held
+    gc.collect()
+    shared_factors(store, record, torch.float32, CPU)
     assert len(reads) == 2
-    assert torch._dynamo.utils.counters["pifa"]["replaced"] == 4
+    derived("other", [torch.ones(1)], lambda: torch.ones(2))
+    derived("another", [torch.ones(1)], lambda: torch.ones(3))
+    assert not loaded._DERIVED_OF, "the ways back go with the tensors"

@@ -34,7 +34,18 @@ def test_a_profile_is_measured_once_and_kept(quick, tmp_path):
     assert first.device.endswith(f"{torch.get_num_threads()} threads")
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"version": 0}', "other device", "a field less"])
+HOSTILE = {
+    "no speed": {"bandwidth": 0.0},
+    "a word": {"gather": "fast"},
+    "a dtype less": {"rates": {"float32": {1: 1e10}, "float16": {1: 1e10}}},
+    "no rates": {"rates": RATES | {"float32": {}}},
+    "no tokens": {"rates": RATES | {"float32": {0: 1e10, 512: 1e11}}},
+    "a negative rate": {"rates": RATES | {"float32": {1: -1e10}}},
+}
+DAMAGE = ["", "[]", '{"version": 0}', "[" * 20_000, " " * 100_000, "other device", "a field less", *HOSTILE]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage[:20])
 def test_a_profile_that_cannot_be_used_is_measured_again(damage, quick, tmp_path):
     machine.profile(root=tmp_path)
     (path,) = (tmp_path / "machines").iterdir()
@@ -44,6 +55,8 @@ def test_a_profile_that_cannot_be_used_is_measured_again(damage, quick, tmp_path
     elif damage == "a field less":
         del data["call"]
         damage = json.dumps(data)
+    elif damage in HOSTILE:
+        damage = json.dumps(data | HOSTILE[damage])
     path.write_text(damage)
     machine.profile(root=tmp_path)
     assert len(quick) == 2

@@ -132,9 +132,16 @@ def test_an_option_overrules_the_mode():
     assert both.inductor["coordinate_descent_tuning"] is True
 
 
-def test_an_unknown_mode_is_refused():
+def test_a_mode_may_be_one_of_the_options_because_torch_compile_takes_only_one_of_both():
+    both = resolve(None, {"mode": "max-autotune", "max_autotune": False, "density": 0.5})
+    assert both == resolve("max-autotune", {"max_autotune": False, "density": 0.5})
+    assert resolve(None, {"mode": None}) == resolve()
+
+
+@pytest.mark.parametrize("settings", [{"mode": "fast"}, {"options": {"mode": "fast"}}])
+def test_an_unknown_mode_is_refused(settings):
     with pytest.raises(OptionError, match="unknown mode 'fast'"):
-        resolve("fast")
+        resolve(**settings)
 
 
 @pytest.mark.parametrize(
@@ -171,5 +178,3 @@ def test_an_impossible_value_of_the_environment_names_the_variable(monkeypatch):
     with pytest.raises(OptionError, match="PIFA_DENSITY='60%': density is '60%'"):
         resolve()
     assert resolve(None, {"density": 0.6}).density == 0.6
-
-

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ SHARED = ("passes", "kernels")  # folders at the top level that are packages of 
 # From the top down: a room imports from itself and from rooms below it.
 ROOMS = (
     {"pifa_compile", "pifa_compile.__main__"},
-    {"pifa_compile.cli", "pifa_compile.hf"},
+    {"pifa_compile.cli"},
     {
         "pifa_compile.bench",
         "pifa_compile.demo",
@@ -29,7 +30,8 @@ ROOMS = (
         "pifa_compile.quality",
         "pifa_compile.verification",
     },
-    {"pifa_compile.prepare", "pifa_compile.checkpoint"},
+    {"pifa_compile.hf"},
+    {"pifa_compile.prepare", "pifa_compile.checkpoint", "pifa_compile.program"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
     {"pifa_compile.compression"},
@@ -244,6 +246,43 @@ def test_the_wheel_declares_the_entry_points(wheel):
     assert dict(declared["torch_dynamo_backends"]) == {"pifa": "pifa_compile.backend:pifa"}
     assert dict(declared["console_scripts"]) == {"pifa": "pifa_compile.cli:main"}
     assert {"pifa_compile/backend.py", "pifa_compile/cli.py"} <= set(wheel.namelist())
+
+
+USE = """
+import json, pathlib, sys
+import torch
+import pifa_compile
+from pifa_compile.kernels import tile_tables
+
+assert list(tile_tables.FOLDER.glob("*.json")) and list(tile_tables.FOLDER.with_name("templates").glob("*.jinja"))
+model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)).eval()
+pifa_compile.compress(model, pifa_compile.Svd(density=0.6), progress=False)
+with torch.no_grad():
+    compiled = torch.compile(model, backend="pifa", options={"inner": "eager", "dump": "dump"})
+    compiled(torch.ones(2, 32))
+counts = torch._dynamo.utils.counters["pifa"]
+print(json.dumps([pifa_compile.__file__, counts["replaced"], len(list(pathlib.Path("dump").glob("*/graph.html")))]))
+"""
+
+
+def test_the_wheel_works_without_the_repository(dist, tmp_path):
+    """It was built from the sdist, so that one is whole too."""
+    (wheel,) = dist.glob("*.whl")
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(target), "PIFA_CACHE_DIR": str(tmp_path / "store")}
+
+    def python(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    file, replaced, pages = json.loads(python("-c", USE))
+    assert Path(file).is_relative_to(target) and (replaced, pages) == (2, 1)
+    assert "replaced" in python("-m", "pifa_compile.cli", "inspect", "--json")
+    assert (target / "bin" / "pifa").is_file()
 
 
 def test_the_tested_versions_satisfy_the_declared_ones():

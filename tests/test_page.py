@@ -169,6 +169,7 @@ def test_a_layer_that_came_as_factors_has_no_dense_bytes(block, tmp_path):
     assert [row["state"] for row in data["linears"]] == ["pifa", "pifa", "dense"]
     assert data["linears"][0]["bytes_before"] is None and data["linears"][0]["bytes_after"] > 0
     assert both_sides(data)[0]["op"] == "pifa.linear.default" and data["totals"]["bytes_before"] == 0
+    assert data["totals"]["bytes_kept"] == 0
 
 
 def test_totals_are_those_of_the_table(block, tmp_path):
@@ -178,7 +179,7 @@ def test_totals_are_those_of_the_table(block, tmp_path):
     assert (totals["taken"], totals["linears"]) == (2, 3)
     assert totals["numbers_after"] == sum(row["numbers_after"] for row in taken)
     assert totals["all_before"] == totals["numbers_before"] + 48 * 64
-    assert totals["bytes_before"] == 4 * totals["numbers_before"]
+    assert totals["bytes_before"] == totals["bytes_kept"] == 4 * totals["numbers_before"]
 
 
 def test_a_graph_without_linear_layers_has_a_page(tmp_path):

@@ -156,6 +156,17 @@ def test_golden_dump_of_a_graph(block, tmp_path, golden):
     golden("dump.linears.txt", "\n".join(without_error(lines[:5], rows)) + "\n")
 
 
+def test_a_dump_tells_what_dense_weights_stay_in_memory(block, tmp_path):
+    pifa_compile.compress(block, Svd(density=0.5), progress=False)
+    capture(block, torch.randn(3, 48), dump=tmp_path / "dense")
+    capture(pifa_compile.apply_(block), torch.randn(3, 48), dump=tmp_path / "prepared")
+    dense, prepared = (next((tmp_path / name).iterdir()) for name in ("dense", "prepared"))
+    assert json.loads((dense / "linears.json").read_text())["dense_bytes"] == 4 * 2 * 96 * 48
+    assert "\n0.04 MB of their dense weights stay in memory" in (dense / "linears.txt").read_text()
+    assert json.loads((prepared / "linears.json").read_text())["dense_bytes"] == 0
+    assert "stay in memory" not in (prepared / "linears.txt").read_text()
+
+
 def without_error(lines, rows):
     """Rounding errors differ in their last digit between machines."""
     for row in rows:

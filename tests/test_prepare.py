@@ -314,3 +314,28 @@ def test_the_peak_memory_of_load_is_that_of_factors_and_rest(tmp_path):
     largest = 1024 * 1024 * 4
     assert found["own"] < 0.25 * dense
     assert found["peak"] < 1.15 * found["own"] + 3 * largest  # one dense weight at a time is read to be checked
+
+
+def test_one_module_under_several_names_is_replaced_under_all():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+            self.blocks = nn.ModuleList([self.first, nn.Sequential(nn.ReLU(), self.first)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](x)) + self.first(x)
+
+    model, x = compressed(Twice()), torch.randn(3, 32)
+    exact, gone = oracle(model, x), weakref.ref(model.first.weight)
+    pifa_compile.apply_(model)
+    gc.collect()
+    assert gone() is None
+    assert isinstance(model.first, PifaLinear)
+    assert model.blocks[0] is model.blocks[1][1] is model.first
+    with torch.no_grad():
+        assert relative(model(x), exact) < 1e-5
+    pifa_compile.restore_(model)
+    assert isinstance(model.first, nn.Linear) and model.blocks[0] is model.blocks[1][1] is model.first
+    with torch.no_grad():
+        assert relative(model(x), exact) < 1e-5

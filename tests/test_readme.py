@@ -32,10 +32,11 @@ def test_there_is_something_to_check():
 
 
 @pytest.mark.filterwarnings("ignore:pifa. the first call has")
-def test_the_python_of_the_page_runs_from_top_to_bottom(capsys):
+def test_the_python_of_the_page_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     """The blocks share their names, as in one session; what a block takes for given is a small random model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, code in enumerate(PYTHON):
         if "tokenizer" in code and "tokenizer" not in names:

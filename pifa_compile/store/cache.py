@@ -18,6 +18,7 @@ from torch import Tensor
 from pifa_compile.errors import (
     DamagedError,
     FactorError,
+    FactorFormatError,
     RecordError,
     StoreAccessError,
     StoreError,
@@ -27,6 +28,7 @@ from pifa_compile.errors import (
 from pifa_compile.factors import Factors, PifaFactors, factors_from_tensors
 from pifa_compile.store import evaluations, files, locks, objects
 from pifa_compile.store.evaluations import Evaluation
+from pifa_compile.store.json_text import parse
 from pifa_compile.store.records import OBJECT, RUN_ID, LayerRecord, Run, RunHeader
 from pifa_compile.store.writer import RunWriter, document_path, journal_path, read_document, read_partial
 
@@ -61,7 +63,7 @@ class Store:
         given = default_root() if root is None else Path(root).expanduser()
         try:
             self.root = given.resolve()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that cannot be
             raise StoreAccessError(given, error) from error
         self._check_version()
 
@@ -98,15 +100,20 @@ class Store:
         if record.object is None:
             raise RecordError(f"layer {record.name!r}", f"stays dense and has no factors: {record.reason}")
         path = objects.object_path(self.root, record.object)
-        tensors, metadata = self.get_object(record.object, device)
         try:
+            tensors, metadata = objects.read_object(self.root, record.object, device, _most_bytes(record))
             factors = factors_from_tensors(tensors, _y_scale(metadata), record.name)
+        except DamagedError as error:
+            raise DamagedError(error.path, error.problem, error.cure, record.name) from error
+        except FactorFormatError as error:
+            raise FactorFormatError(error.path, error.found, error.known, record.name) from error
         except (FactorError, TypeError, IndexError, ValueError) as error:
             raise DamagedError(path, f"not the factors of a layer ({error})", objects.CURE, record.name) from error
         found, wanted = (factors.form, factors.shape, factors.rank), (record.form, record.shape, record.rank)
-        if found != wanted:
-            problem = f"form, shape and rank are {found}, the run says {wanted}"
-            raise DamagedError(path, problem, "remove the run with Store.delete_run and compress again", record.name)
+        other = f"form, shape and rank are {found}, the run says {wanted}" if found != wanted else None
+        if problem := other or _not_finite(factors):
+            cure = "remove the run with Store.delete_run and compress again"
+            raise DamagedError(path, problem, cure, record.name)
         return factors
 
     # Runs
@@ -203,13 +210,9 @@ class Store:
         if record.object is None:
             return
         try:
-            tensors = self.factors(record).tensors()
+            self.factors(record)
         except StoreError as error:
             yield str(error)
-            return
-        for name, t in tensors.items():
-            if t.is_floating_point() and not torch.isfinite(t.float() if t.itemsize == 1 else t).all():
-                yield f"{record.name}: {name} in object {record.object} is not finite; compress again"
 
     def _garbage(self, named: set[str | None], before: float) -> Iterator[Path]:
         """Files that may go: those of unnamed objects and temporary ones, last written before a time."""
@@ -228,8 +231,9 @@ class Store:
 
     def _run_ids(self) -> list[str]:
         """Of documents and journals; a file with another name is nobody's."""
-        with files.access(self.root):
-            names = [path.name for path in files.inside(self.root, self.root / "runs").glob("*.json*")]
+        folder = files.inside(self.root, self.root / "runs")
+        with files.access(folder):
+            names = [path.name for path in folder.iterdir()] if folder.exists() else []
         ids = {name.removesuffix(end) for end in (".json", ".partial.jsonl") for name in names if name.endswith(end)}
         return sorted(filter(RUN_ID.fullmatch, ids))
 
@@ -256,10 +260,10 @@ class Store:
         """Whether there is a marker; raises if it is not one of a store that this version knows."""
         path = self.root / _MARKER
         try:
-            marker: Any = json.loads(files.read(self.root, path, 4096))
+            marker: Any = parse(files.read(self.root, path, 4096))
         except FileNotFoundError:
             return False
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DamagedError(path, f"it is no JSON ({error})", "remove this file") from error
         if not isinstance(marker, dict) or marker.get("format") != _FORMAT:
             raise DamagedError(path, "it does not say that this is a store", "set PIFA_CACHE_DIR to another folder")
@@ -278,6 +282,22 @@ def _valid_digest(digest: str) -> str:
     if not isinstance(digest, str) or not OBJECT.fullmatch(digest):
         raise RecordError("object", f"its digest cannot be {str(digest)[:80]!r}: 64 hex digits")
     return digest
+
+
+def _most_bytes(record: LayerRecord) -> int:
+    """More than any object of the record's shape and rank takes: in float64, with a row order and a bias."""
+    m, n = record.shape
+    return 8 * (record.rank * (m + n) + 2 * m) + objects.MAX_HEADER
+
+
+def _not_finite(factors: Factors) -> str | None:
+    """Which of the tensors has an entry that is no finite number; one pass over each, without a copy."""
+    for name, t in factors.tensors().items():
+        if t.is_floating_point() and t.numel():
+            ends = torch.aminmax(t.float() if t.itemsize == 1 else t)  # NaN comes through
+            if not (math.isfinite(ends.min) and math.isfinite(ends.max)):
+                return f"{name} is not finite"
+    return None
 
 
 def _y_scale(metadata: Mapping[str, str]) -> float:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from pifa_compile.errors import DamagedError, RecordError, StoreError, StoreVersionError
 from pifa_compile.store import files
+from pifa_compile.store.json_text import canonical, parse
 from pifa_compile.store.records import (
     is_amount,
     is_created,
@@ -161,10 +162,10 @@ def _files(root: Path, run_id: str, leftovers: bool = False) -> list[Path]:
 
 def _read(root: Path, path: Path, run_id: str) -> Evaluation:
     try:
-        body = json.loads(files.read(root, path, MAX_FILE))
+        body = parse(files.read(root, path, MAX_FILE))
         checksum = body.pop("sha256", None) if isinstance(body, dict) else None
         whole = isinstance(body, dict) and body.get("format") == _FORMAT and checksum == _checksum(body)
-    except (ValueError, RecursionError):  # no JSON, or NaN in it
+    except ValueError:  # no JSON, or more in it than is written
         whole = False
     if not whole:
         raise DamagedError(path, "it is not what was written", _CURE)
@@ -180,4 +181,4 @@ def _read(root: Path, path: Path, run_id: str) -> Evaluation:
 
 
 def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(canonical(body)).hexdigest()

@@ -20,7 +20,7 @@ def access(path: Path) -> Iterator[None]:
     """Errors of the disk become a StoreAccessError that names ``path``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter is how filelock says that there are no locks
         raise StoreAccessError(path, error) from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pifa_compile.errors import RunBusyError, StoreError
+from pifa_compile.errors import DamagedError, RunBusyError, StoreError
 from pifa_compile.store import files
 
 _SWEEP = ".sweep.lock"  # no run id begins with a dot
@@ -81,8 +81,11 @@ def _holder_path(root: Path, run_id: str) -> Path:
 
 
 def _lock(root: Path, name: str) -> FileLock:
-    files.make_folder(root, root / "locks")
-    return FileLock(files.inside(root, root / "locks" / name), thread_local=False)
+    path = root / "locks" / name
+    files.make_folder(root, path.parent)
+    if path.is_symlink():  # to another lock, or to a file that locking would empty
+        raise DamagedError(path, "a lock is no link", "remove the link")
+    return FileLock(path, thread_local=False)
 
 
 def _wait(lock: FileLock, run_id: str) -> None:

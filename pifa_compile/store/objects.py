@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pifa_compile.errors import DamagedError, FactorFormatError, StoreAccessError
 from pifa_compile.store import files
+from pifa_compile.store.json_text import parse
 
 FACTOR_FORMATS = frozenset({"float"})  # pivot rows, coefficients and row order, or a pair, in floating point
 MAX_HEADER = 1 << 20  # bytes; the header of one layer has a few hundred
@@ -47,7 +48,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CURE = "remove the file and compress again: only the layers that are missing are computed"
+CURE = (
+    "remove the file and compress again, which computes only what is missing; "
+    "of a run that a first call made, remove the run with Store.delete_run, and call again"
+)
 
 
 class _Entry(NamedTuple):
@@ -95,14 +99,16 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: str) -> None:
     path.chmod(mode)  # some versions of safetensors leave a file that only its owner can read
 
 
-def read_object(root: Path, digest: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of an object whose bytes have this digest.
+def read_object(
+    root: Path, digest: str, device: torch.device | str, limit: int = MAX_OBJECT
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of an object whose bytes, ``limit`` at most, have this digest.
 
     Raises DamagedError if they do not or if it is missing, FactorFormatError if a newer version wrote it.
     """
     path = object_path(root, digest)
     try:
-        with files.opened(root, path, MAX_OBJECT) as (file, size), files.access(path):
+        with files.opened(root, path, min(limit, MAX_OBJECT)) as (file, size), files.access(path):
             tensors, metadata, found = _read(path, file, size)
     except FileNotFoundError as error:
         raise DamagedError(path, "it is missing", CURE) from error
@@ -122,11 +128,19 @@ def _read(path: Path, file: FileIO, size: int) -> tuple[dict[str, Tensor], dict[
     tensors = {}
     with ThreadPoolExecutor(1, thread_name_prefix="pifa-verify") as pool:
         for entry in entries:
-            tensors[entry.name] = t = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+            tensors[entry.name] = t = _memory(path, entry)
             for piece in _pieces(t):
                 _fill(path, file, piece)
                 pool.submit(sha.update, piece)
     return tensors, metadata, sha.hexdigest()
+
+
+def _memory(path: Path, entry: _Entry) -> Tensor:
+    try:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    except (RuntimeError, MemoryError) as error:
+        size = entry.end - entry.begin
+        raise DamagedError(path, f"there is no memory for the {size} bytes of {entry.name[:80]!r}", CURE) from error
 
 
 def _read_header(path: Path, file: FileIO, size: int) -> bytes:
@@ -157,19 +171,20 @@ def _fill(path: Path, file: FileIO, piece: memoryview) -> None:
 def _parse_header(path: Path, header: bytes, data_size: int) -> tuple[list[_Entry], dict[str, str]]:
     """What lies where, in the order of the file; DamagedError unless tensors fill the file without gap or overlap."""
     try:
-        fields = json.loads(header)
+        fields = parse(header)
         metadata = _metadata(fields.pop("__metadata__"))
         entries = sorted((_entry(name, field) for name, field in fields.items()), key=lambda e: (e.begin, e.end))
         ends = [0, *(entry.end for entry in entries)]
         if [entry.begin for entry in entries] != ends[:-1] or ends[-1] != data_size:
             raise ValueError("the tensors do not fill the file")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(path, f"its header is wrong ({type(error).__name__}: {error})", CURE) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise DamagedError(path, f"its header is wrong ({reason})", CURE) from error
     return entries, metadata
 
 
 def _metadata(field: Any) -> dict[str, str]:
-    metadata = json.loads(field[_METADATA_KEY])
+    metadata = parse(field[_METADATA_KEY].encode())
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError("metadata are not strings")
     return dict(metadata)
@@ -179,6 +194,8 @@ def _entry(name: str, field: Any) -> _Entry:
     dtype, shape, (begin, end) = _DTYPES[field["dtype"]], tuple(field["shape"]), field["data_offsets"]
     if len(shape) > 8 or not all(type(value) is int and 0 <= value <= MAX_OBJECT for value in (*shape, begin, end)):
         raise ValueError(f"{name!r} has an impossible shape or place")
+    if math.prod(max(size, 1) for size in shape) > MAX_OBJECT:  # an empty tensor, of more rows than torch can count
+        raise ValueError(f"{name!r} has an impossible shape")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name!r} is {shape} of {dtype} in {end - begin} bytes")
     return _Entry(name, dtype, shape, begin, end)

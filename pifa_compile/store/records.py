@@ -5,7 +5,6 @@ m = out_features, n = in_features, r = rank.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +15,14 @@ from typing import Any, NamedTuple, Self, get_args
 from pifa_compile.errors import RecordError
 from pifa_compile.factors import Form
 from pifa_compile.layers import Layout
+from pifa_compile.store.json_text import canonical, is_shallow, parse
 
 SCHEMA = 1
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 OBJECT = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MOST = 1e30  # seconds, or a relative error
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT[0-9:.]+(Z|[+-]\d\d:\d\d)?")
-
-
-def canonical(value: Any) -> bytes:
-    """The one JSON text of a value, for checksums. TypeError or ValueError if JSON cannot hold it exactly (NaN)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _is_str(value: Any) -> bool:
@@ -47,8 +43,8 @@ def _is_number(value: Any) -> bool:
 
 
 def is_amount(value: Any) -> bool:
-    """Whether it is a finite number, not below zero."""
-    return _is_number(value) and value >= 0
+    """Whether it is a number, not below zero, that can be summed over any run."""
+    return _is_number(value) and 0 <= value < _MOST
 
 
 def _is_shape(value: Any) -> bool:
@@ -57,7 +53,7 @@ def _is_shape(value: Any) -> bool:
 
 def _is_json_object(value: Any) -> bool:
     """A dict that comes back from JSON as it was: string keys, no tuples, no NaN."""
-    return isinstance(value, dict) and json.loads(canonical(value)) == value
+    return isinstance(value, dict) and is_shallow(value) and parse(canonical(value)) == value
 
 
 def is_digest(value: Any) -> bool:
@@ -166,8 +162,8 @@ class LayerRecord:
             raise RecordError(owner, f"form {self.form!r} with object {self.object!r}; dense has none, the others one")
         if self.form == "dense" and not self.reason:
             raise RecordError(owner, "stays dense without a reason; say why")
-        if self.form != "dense" and self.rank > min(self.shape):
-            raise RecordError(owner, f"rank {self.rank} is above that of a {self.shape[0]} x {self.shape[1]} weight")
+        if self.form != "dense" and not 1 <= self.rank <= min(self.shape):
+            raise RecordError(owner, f"rank {self.rank} is not that of a {self.shape[0]} x {self.shape[1]} weight")
         if self.members and (sum(member.m for member in self.members) != self.shape[0] or self.digests):
             raise RecordError(owner, f"rows of the members must sum to {self.shape[0]}, and only they have digests")
 
@@ -270,7 +266,7 @@ _HEADER_RULES: dict[str, Callable[[Any], object]] = {
     "created": is_created,
     "revision": _or_none(_is_str),
     "calibration": _or_none(_is_json_object),
-    "seed": lambda value: type(value) is int,
+    "seed": lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64,
     "versions": is_string_map,
     "schema": lambda value: type(value) is int and value == SCHEMA,
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import DamagedError, StoreAccessError
 from pifa_compile.store import files
-from pifa_compile.store.records import canonical
+from pifa_compile.store.json_text import canonical, parse
 
 _CURE = "remove the file: what was in it is computed again"
 
@@ -34,6 +34,10 @@ class Scratch:
 
     def put(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Write tensors, and facts as JSON, under a name; what had the name before is gone."""
+        try:
+            str(self._folder).encode()
+        except UnicodeEncodeError as error:  # safetensors would write the file and not read it
+            raise StoreAccessError(self._folder, "the name of the folder is not UTF-8") from error
         files.make_folder(self._root, self._folder)
         path, new = self._path(name), self._path(f"{name}.new")
         plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -54,15 +58,15 @@ class Scratch:
             with files.access(path), safe_open(files.inside(self._root, path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-            body = json.loads(metadata["body"])
-        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-            raise DamagedError(path, f"it cannot be read ({error})", _CURE) from error
+            body = parse(metadata["body"].encode())
+            facts, digests = body["facts"], body["tensors"]
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DamagedError(path, f"it cannot be read ({type(error).__name__}: {error})", _CURE) from error
         found = dict(zip(tensors, digest_many(list(tensors.values())), strict=True))
-        whole = metadata.get("sha256") == hashlib.sha256(canonical(body)).hexdigest()
-        if not whole or body["tensors"] != found:
+        if metadata.get("sha256") != hashlib.sha256(canonical(body)).hexdigest() or digests != found:
             raise DamagedError(path, "it is not what was written", _CURE)
         # Copied out of the mapping of the file, all of which would stay in memory as long as one of them does.
-        return {key: t.to(device, copy=True) for key, t in tensors.items()}, body["facts"]
+        return {key: t.to(device, copy=True) for key, t in tensors.items()}, facts
 
     def has(self, name: str) -> bool:
         """Whether there is such a name, whole or damaged."""

@@ -1,0 +1,102 @@
+"""A prepared model as a folder that transformers loads: weights, config, tokenizer, a card, and code to import us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pifa_compile.errors import InputError
+from pifa_compile.hf.card import model_card
+from pifa_compile.hf.config import PifaConfig
+from pifa_compile.hf.layers import describe
+from pifa_compile.hf.quantizer import attach, config_of
+from pifa_compile.hf.remote import MODULE, TEXT, auto_map
+from pifa_compile.store import Run
+
+#: What lies beside a model's weights and goes with it: tokenizers, processors, poolings of sentences, licences.
+COMPANIONS = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*processor*.json",
+    "modules.json",
+    "*sentence*.json",
+    "[0-9]_*/*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def export(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    run: Run | None = None,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Write a prepared transformers model, as ``apply_`` and ``load`` make them, to a new folder; returns its path.
+
+    source          directory or Hugging Face id of the dense model, for its tokenizer and for the card
+    run             the run that the factors come from, for the card: recipe, ranks, errors
+    max_shard_size  as in ``save_pretrained``
+
+    ``from_pretrained`` loads the folder where pifa_compile is imported. From then on the model's own
+    ``save_pretrained`` writes the same weights and config. Raises InputError for a model without factored layers and
+    for a folder that has something in it.
+    """
+    from transformers import PreTrainedModel
+
+    out = Path(folder).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already and is not an empty folder; name a new one")
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"{type(model).__name__} is no model of transformers; save its state_dict() instead")
+    forms = describe(model)
+    if not forms:
+        raise InputError("the model has no factored layers; make them first: pifa_compile.apply_(model)")
+    known = getattr(model.config, "quantization_config", None)
+    if run is not None:
+        like = PifaConfig({}, run=run.run_id, recipe=run.header.recipe)
+    else:
+        like = known if isinstance(known, PifaConfig) else PifaConfig({})
+    config = config_of(forms, like=like)
+    companions = _companions(source)  # before anything is written: a name may be wrong
+    attach(model, config)
+    model.config.auto_map = auto_map(model)
+    try:
+        # The names that this release has, not those of older checkpoints: layers are found by them.
+        model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
+    finally:
+        del model.config.auto_map
+    (out / f"{MODULE}.py").write_text(TEXT, encoding="utf-8")
+    for path, name in companions:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / name)
+    (out / "README.md").write_text(model_card(model, forms, source, run, config.recipe), encoding="utf-8")
+    return out
+
+
+def _companions(source: str | os.PathLike[str] | None) -> list[tuple[Path, Path]]:
+    """Files to copy, with their places in the new folder."""
+    if source is None:
+        return []
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _snapshot(str(source))
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return [(path, path.relative_to(folder)) for path in sorted(found)]
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(COMPANIONS)))
+    except Exception as error:  # the hub raises many kinds, all of which mean: not there
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load the tokenizer and other files of {name}: {first}") from error
