@@ -21,6 +21,7 @@ class ImpliedWeight(Tensor):
     """A weight of known shape, dtype and device, whose content ``compute()`` gives, anew at each use."""
 
     compute: Callable[[], Tensor]
+    _is_hf_initialized = True  # transformers, which asks, must not draw it at random
 
     @staticmethod
     def of(shape: tuple[int, ...], like: Tensor, compute: Callable[[], Tensor]) -> ImpliedWeight:
