@@ -43,6 +43,7 @@ def living() -> tuple[int, int]:
     """How many tensors there are, and the bytes that they hold, shared ones once."""
     gc.collect()
     found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and type(o) in (Tensor, nn.Parameter)]
+    found = [t for t in found if t.layout == torch.strided]  # others, of whoever ran before, have no storage
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu"}
     return len(found), sum(storages.values())
 
