@@ -158,9 +158,8 @@ def _compare(
     rounds: int,
     without: Sequence[str],
 ) -> list[Row]:
-    optional = [step.name for step in pipeline.PIPELINE if step.name in OPTIONAL]
-    if unknown := sorted(set(without) - set(optional)):
-        raise InputError(f"no pass {unknown[0]!r} can be left out; those that can: {', '.join(optional)}")
+    if unknown := sorted(set(without) - set(OPTIONAL)):
+        raise InputError(f"no pass {unknown[0]!r} can be left out; those that can: {', '.join(OPTIONAL)}")
     rows: list[Row] = []
     dtype = next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as folder:
