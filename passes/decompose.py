@@ -1,19 +1,25 @@
-"""On CPU, spell ``pifa::linear`` out in the graph, where Inductor packs weights and fuses the gather.
+"""On CPU, spell ``pifa::linear`` out in the graph, or have a kernel of ours do all of it.
 
     before   y = pifa::linear(x, pivot_rows, coefficients, row_order, bias)
     after    y_p = linear(x, pivot_rows); y_np = linear(y_p, coefficients)
-             y = cat([y_p, y_np], -1)[..., gather_order] + bias
+             y = pifa::merge(y_p, y_np, blocks) + bias
+      or     y = cat([y_p, y_np], -1)[..., gather_order] + bias
+      or     y = pifa::few_tokens(x, pivot_rows, coefficients, row_order, bias)
 
 A lowering would come too late: weight prepacking is done by graph passes. The bias is added after the gather, in the
 same loop; added inside the linears it would pass through the coefficients. Factors whose order was folded away need no
 gather, and pivots in aligned groups are gathered in whole groups.
 
-One gather of N = 512 tokens to m = 2048 features, bfloat16, two cores with AVX-512: 0.57 ms by ``index_select``, 0.47
-without its bounds check, 0.17 in groups of 16, where the two products take 7.6 ms.
+One call with all of a layer is faster for few tokens, of which the processor says how many; see
+``kernels/cpu/few_tokens.cpp``. The merge is not fused with what reads it, so it is for many features.
+
+N = 512 tokens to m = 2048 features, bfloat16: two cores of an EPYC with AVX-512 0.57 ms by ``index_select``, 0.47
+without its bounds check, 0.17 in groups of 16, where the two products take 7.6 ms; of a Xeon with AMX MERGE_FIGURES.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +30,7 @@ from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
-from pifa_compile.kernels import op
+from pifa_compile.kernels import few_tokens, merge, op
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, cast, in_place_of, take_place
 from pifa_compile.passes.replace import Buffers, output_dtype
 
@@ -32,24 +38,68 @@ from pifa_compile.passes.replace import Buffers, output_dtype
 #: that two layers have in common, see ``fold.py``.
 FEW_RUNS = 4
 
+#: Features of all tokens together from which merging pays for the call that it takes: 12 us.
+MERGED = 1 << 15
+
 #: Sizes of aligned groups of output rows, largest first, that are gathered as one.
 GROUPS = (32, 16, 8)
 
 
 def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
     """Spell out every replaced site whose factors are on the CPU; other devices keep the operator for its lowering."""
-    buffers = Buffers(gm)
+    buffers = CpuBuffers(gm, context)
     families: dict[fx.Node, list[LinearSite]] = {}  # layers that share factors share the node that applies them
     for site in context.plan.sites:
         if isinstance(site.factors, PifaFactors) and site.node.target is op.linear:
             families.setdefault(site.node, []).append(site)
     chosen = [sites for sites in families.values() if (f := sites[0].factors) is not None and f.device.type == "cpu"]
     for sites in chosen:
-        _spell_out(sites, buffers)
+        if has_few_tokens(sites[0], buffers):
+            _in_one_call(sites)
+        else:
+            _spell_out(sites, buffers)
     return PassResult(len(families), len(chosen))
 
 
-def _spell_out(sites: Sequence[LinearSite], buffers: Buffers) -> None:
+class CpuBuffers(Buffers):
+    """Buffers of a graph on CPU, which knows whether it may call kernels of ours.
+
+    These have no gradients and no rules for torch.func, and ``inner="eager"`` is to run without a compiler.
+    """
+
+    def __init__(self, gm: fx.GraphModule, context: Context) -> None:
+        super().__init__(gm)
+        plain = not torch.is_grad_enabled() and not _torch.transforms_functions(gm.graph)
+        self.kernels = plain and context.settings.inner != "eager"
+
+
+def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
+    """Whether the layer of a site has so few tokens that one call with all of it is faster."""
+    factors, tokens = site.factors, _tokens(site.node.all_input_nodes[0])
+    if not buffers.kernels or not isinstance(factors, PifaFactors) or tokens is None:
+        return False
+    plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
+    return plain and 0 < tokens <= few_tokens.most_tokens(factors.dtype)
+
+
+def _tokens(x: fx.Node) -> int | None:
+    """The number of tokens in the value of a node, None where it is unknown or symbolic."""
+    value = _torch.fake_value(x)
+    if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
+        return None
+    return math.prod(value.shape[:-1])
+
+
+def _in_one_call(sites: Sequence[LinearSite]) -> None:
+    old = sites[0].node
+    with in_place_of(old) as graph:
+        y = graph.call_function(few_tokens.few_tokens, old.args[:5])
+    for site in sites:
+        site.node = y
+    take_place(y, old)
+
+
+def _spell_out(sites: Sequence[LinearSite], buffers: CpuBuffers) -> None:
     old, factors = sites[0].node, sites[0].factors
     assert isinstance(factors, PifaFactors)
     x, pivot_rows, coefficients, bias = (argument(old, i, name) for i, name in _TENSORS)
@@ -90,7 +140,7 @@ def _mixed(
 
 
 def write_output(
-    sites: Sequence[LinearSite], y_p: fx.Node, y_np: fx.Node, bias: fx.Node | None, buffers: Buffers
+    sites: Sequence[LinearSite], y_p: fx.Node, y_np: fx.Node, bias: fx.Node | None, buffers: CpuBuffers
 ) -> None:
     """Let [y_p, y_np] in the order of the output rows, plus the bias, take the place of the sites' node.
 
@@ -99,7 +149,7 @@ def write_output(
     """
     old, factors = sites[0].node, sites[0].factors
     assert isinstance(factors, PifaFactors)
-    whole = _Rows(y_p, y_np, factors.gather_order, factors.rank)
+    whole = _Rows(y_p, y_np, factors.gather_order, factors.rank, _pays_to_merge(old, factors, buffers))
     dimensions = dimensions_of(old) or dimensions_of(old.all_input_nodes[0])
     parts = {user: part for user in old.users if (part := _part_read_by(user, whole)) is not None}
     if bias is None and len(parts) == len(old.users):
@@ -123,6 +173,7 @@ def write_output(
 class _Rows:
     """Output rows of a layer: row j is at place positions[j] of [y_p, y_np], where y_p has the first r places.
 
+    merge  whether the kernel that merges both may be called
     taken  where the rows begin and end in y_p and in y_np, if they do not fill them
     """
 
@@ -130,6 +181,7 @@ class _Rows:
     y_np: fx.Node
     positions: Tensor
     r: int
+    merge: bool
     taken: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def sliced(self, graph: fx.Graph) -> _Rows:
@@ -137,7 +189,7 @@ class _Rows:
         if self.taken is None:
             return self
         y_p, y_np = (last_features(graph, y, *ends) for y, ends in zip((self.y_p, self.y_np), self.taken, strict=True))
-        return _Rows(y_p, y_np, self.positions, self.r)
+        return _Rows(y_p, y_np, self.positions, self.r, self.merge)
 
 
 def _part_read_by(user: fx.Node, whole: _Rows) -> _Rows | None:
@@ -156,7 +208,7 @@ def _part_read_by(user: fx.Node, whole: _Rows) -> _Rows | None:
         return None
     local = torch.where(positions < whole.r, positions - first, positions - other + len(in_p))
     ends = (first, first + len(in_p)), (other - whole.r, other - whole.r + len(in_np))
-    return _Rows(whole.y_p, whole.y_np, local, len(in_p), ends)
+    return _Rows(whole.y_p, whole.y_np, local, len(in_p), whole.merge, ends)
 
 
 def last_features(graph: fx.Graph, y: fx.Node, start: int, stop: int) -> fx.Node:
@@ -168,12 +220,14 @@ def last_features(graph: fx.Graph, y: fx.Node, start: int, stop: int) -> fx.Node
 def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: int | None, buffers: Buffers) -> fx.Node:
     """[y_p, y_np] with its features in the order of the rows, plus the bias; ``dimensions`` of it, None if unknown."""
     y, positions = rows.y_p, rows.positions
-    runs = runs_of(positions, rows.r)
+    runs, group = runs_of(positions, rows.r), group_size(positions)
+    blocks = merge.blocks_of(positions, rows.r) if rows.merge and group == 1 else None
     if len(runs) <= FEW_RUNS:
         y = _side_by_side(graph, [_slice(graph, rows, *run) for run in runs])
+    elif blocks is not None:
+        y = graph.call_function(merge.merge, (rows.y_p, rows.y_np, buffers.get(blocks, "blocks")))
     else:
         y = _side_by_side(graph, [rows.y_p] if positions.shape[0] == rows.r else [rows.y_p, rows.y_np])
-        group = group_size(positions)
         if group > 1:
             groups = buffers.get((positions[::group] // group).contiguous(), "group_order")
             y = graph.call_method("unflatten", (y, -1, (-1, group)))
@@ -185,6 +239,13 @@ def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: in
         else:
             y = graph.call_function(torch.index_select, (y, -1, buffers.get(positions, "gather_order")))
     return y if bias is None else graph.call_function(torch.add, (y, bias))
+
+
+def _pays_to_merge(old: fx.Node, factors: PifaFactors, buffers: CpuBuffers) -> bool:
+    """Whether the kernel that merges both parts can be had and has enough to do."""
+    tokens, m = _tokens(old.all_input_nodes[0]), factors.shape[0]
+    enough = tokens is None or tokens * m >= MERGED
+    return buffers.kernels and enough and factors.rank < m and merge.available(output_dtype(old, factors.pivot_rows))
 
 
 def _side_by_side(graph: fx.Graph, parts: Sequence[fx.Node]) -> fx.Node:

@@ -7,7 +7,8 @@
 Ranks may differ. The pivot rows are put together once and shared by all graphs of the process; they take the place of
 the separate ones, which nobody holds any more, so memory stays as it was. That is not so for prepared layers, which own
 their factors: these stay apart, unless they were factored together and own the same pivot rows. In the graph of a dense
-model layers that were factored together come as one operator, which is one sibling.
+model layers that were factored together come as one operator, which is one sibling. With few tokens each layer is one
+call already, see ``decompose.py``.
 
 It saves calls, so it pays where calls cost most. q, k, v of width 384 at rank 112, float32, two cores, of the time of
 dense: 0.95 apart and 0.85 grouped for one token, 0.86 and 0.81 for 16, 0.71 and 0.70 for 64.
@@ -26,17 +27,18 @@ from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
 from pifa_compile.kernels import op
 from pifa_compile.loaded import derived
-from pifa_compile.passes.decompose import last_features, write_output
+from pifa_compile.passes.decompose import CpuBuffers, has_few_tokens, last_features, write_output
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of
-from pifa_compile.passes.replace import Buffers, output_dtype
+from pifa_compile.passes.replace import output_dtype
 
 
 def group(gm: fx.GraphModule, context: Context) -> PassResult:
     """Spell out all siblings of the graph with one first product; layers without a sibling stay as they are."""
-    buffers = Buffers(gm)
+    buffers = CpuBuffers(gm, context)
     operators: dict[fx.Node, list[LinearSite]] = {}
     for site in context.plan.sites:
-        if isinstance(site.factors, PifaFactors) and _can_join(site, site.factors):
+        factors = site.factors
+        if isinstance(factors, PifaFactors) and _can_join(site, factors) and not has_few_tokens(site, buffers):
             operators.setdefault(site.node, []).append(site)
     families: dict[tuple[fx.Node, torch.dtype, fx.Node | None], list[Sequence[LinearSite]]] = {}
     for node, sites in operators.items():
@@ -80,7 +82,7 @@ def _written_between(family: Sequence[Sequence[LinearSite]]) -> bool:
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
 
 
-def _join(family: Sequence[Sequence[LinearSite]], buffers: Buffers) -> None:
+def _join(family: Sequence[Sequence[LinearSite]], buffers: CpuBuffers) -> None:
     """Write the first product in place of the first sibling: what they read is there when that is first needed."""
     linear = _torch.linear_function()
     first = family[0][0].node

@@ -6,6 +6,7 @@ underscore from torch; when a torch release moves one, this file is the only one
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import re
@@ -57,6 +58,14 @@ def compile_package(program: Any, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(program, package_path=str(path))
+
+
+def compile_cpp(source: str) -> ctypes.CDLL:
+    """A C++ source compiled for this machine with Inductor's compiler and flags, from its cache where it is known."""
+    from torch._inductor.codecache import CppCodeCache
+
+    compiled: ctypes.CDLL = CppCodeCache.load(source)
+    return compiled
 
 
 def freezing(on: bool) -> AbstractContextManager[Any]:
@@ -159,6 +168,12 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 def linear_function() -> Callable[..., Tensor]:
     """The function that ``torch.nn.functional.linear`` is in a Dynamo graph."""
     return torch._C._nn.linear
+
+
+def transforms_functions(graph: fx.Graph) -> bool:
+    """Whether a Dynamo graph has torch.func (vmap, grad, ...) in it, or regions with gradients of their own."""
+    names = (getattr(node.target, "__name__", "") for node in graph.nodes)
+    return any(name.endswith("_increment_nesting") or name == "_set_grad_enabled" for name in names)
 
 
 def grad_mode_functions() -> tuple[Callable[..., Any], ...]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-SOURCES = (".py", ".jinja", ".json")
+SOURCES = (".py", ".jinja", ".json", ".cpp", ".h")
 
 
 @functools.cache

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
 import pifa_compile
-from pifa_compile import Svd, _torch
+from pifa_compile import Svd, _torch, backend
 from pifa_compile.factors import PifaFactors
+from pifa_compile.kernels import few_tokens, merge, native
+from pifa_compile.kernels.few_tokens import most_tokens
 from pifa_compile.modules import PifaLinear
 from pifa_compile.passes.decompose import FEW_RUNS, GROUPS, group_size, runs_of
 
@@ -80,3 +85,84 @@ def test_a_wide_layer_of_full_rank_and_one_token(relative, applied):
     with torch.no_grad():
         y = torch.compile(model, backend="pifa", options={"inner": "eager"})(x)
     assert relative(y, applied(factors, x)) < 1e-6
+
+
+# --- kernels of ours -------------------------------------------------------------------------------------------------
+
+
+def compiled_with(model, x, *, transform=None, dynamic=False, grad=False, **options):
+    """The output of a model through Inductor, and the names of the operators of ours in the graph that it was given."""
+    found = []
+    original = backend._compile_inner
+
+    def recording(gm, inputs, settings):
+        found.extend(n.target.name() for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+        return original(gm, inputs, settings)
+
+    with mock.patch.object(backend, "_compile_inner", recording), torch.set_grad_enabled(grad):
+        run = torch.compile(transform(model) if transform else model, backend="pifa", dynamic=dynamic, options=options)
+        y = run(x)
+    return y, [name for name in found if name.startswith("pifa::")]
+
+
+def free_layer(m=256, n=192, r=96, dtype=torch.float32):
+    """A layer whose pivots may be anywhere, sorted as pivoting leaves them."""
+    order = torch.randperm(m)
+    order = torch.cat([order[:r].sort().values, order[r:].sort().values]).to(torch.int32)
+    return PifaFactors(torch.randn(r, n).div(n**0.5).to(dtype), torch.randn(m - r, r).div(r**0.5).to(dtype), order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_tokens_are_one_call(dtype, relative, applied):
+    most = most_tokens(dtype)
+    if not most:
+        pytest.skip(f"no instructions for {dtype} here")
+    made = free_layer(dtype=dtype)
+    for tokens, names in ((most, ["pifa::few_tokens"]), (most + 1, [])):
+        x = torch.randn(1, tokens, 192).to(dtype)
+        y, found = compiled_with(PifaLinear(made), x)
+        assert found == names
+        assert relative(y, applied(made, x)) < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_features_are_merged(dtype, relative, applied):
+    if not merge.available(dtype):
+        pytest.skip(f"no instructions for {dtype} here")
+    made, bias = free_layer(dtype=dtype), torch.randn(256).to(dtype)
+    x = torch.randn(2, 64, 192).to(dtype)
+    y, found = compiled_with(PifaLinear(made, bias), x)
+    assert found == ["pifa::merge"]
+    assert relative(y, applied(made, x) + bias.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    y, found = compiled_with(PifaLinear(free_layer()), torch.randn(17, 192))
+    assert found == []  # too little to pay for a call
+
+
+def test_an_unknown_number_of_tokens_is_never_few(relative, applied):
+    made = free_layer()
+    x = torch.randn(3, 192)
+    y, found = compiled_with(PifaLinear(made), x, dynamic=True)
+    assert "pifa::few_tokens" not in found and relative(y, applied(made, x)) < 1e-6
+
+
+def test_kernels_without_gradients_stay_out_of_graphs_with_them(relative, applied):
+    made, x = free_layer(), torch.randn(2, 64, 192, requires_grad=True)
+    for given in (x, x[:, :1]):
+        y, found = compiled_with(PifaLinear(made), given, grad=True)
+        assert found == [] and relative(y.detach(), applied(made, given.detach())) < 1e-6
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+    batched, found = compiled_with(PifaLinear(made), x.detach(), transform=torch.func.vmap)
+    assert found == [] and relative(batched, applied(made, x.detach())) < 1e-6
+
+
+def test_a_machine_without_a_compiler_takes_slower_forms(monkeypatch, caplog, relative, applied):
+    def no_compiler(source):
+        raise OSError("no g++ here")
+
+    monkeypatch.setattr(_torch, "compile_cpp", no_compiler)
+    for cached in (native.library, most_tokens, few_tokens._kernel, merge._kernel):
+        monkeypatch.setattr(sys.modules[cached.__module__], cached.__name__, cached.__wrapped__)
+    made, x = free_layer(), torch.randn(2, 192)
+    y, found = compiled_with(PifaLinear(made), x)
+    assert found == [] and relative(y, applied(made, x)) < 1e-6
+    assert "no g++ here" in caplog.text and "slower" in caplog.text

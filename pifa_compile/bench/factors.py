@@ -5,6 +5,7 @@ m = out_features, n = in_features, r = rank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -18,9 +19,11 @@ from pifa_compile.recipes import Svd
 from pifa_compile.store import Store
 
 
-def random_factors(m: int, n: int, r: int, dtype: torch.dtype, order: Tensor | None = None) -> PifaFactors:
+def random_factors(
+    m: int, n: int, r: int, dtype: torch.dtype, order: Tensor | None = None, *, seed: int = 0
+) -> PifaFactors:
     """Factors of an m x n weight at rank r whose outputs are as large as the inputs; pivots anywhere, or as given."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(r, n, generator=generator).div_(n**0.5).to(dtype)
     coefficients = torch.randn(m - r, r, generator=generator).div_(r**0.5).to(dtype)
     if order is None:
@@ -32,10 +35,12 @@ def random_factors(m: int, n: int, r: int, dtype: torch.dtype, order: Tensor | N
 def put_random_factors(model: nn.Module, density: float, store: Store) -> None:
     """A run with random factors of the density for every linear layer of the model."""
 
+    seeds = itertools.count()
+
     def make(layer: Layer) -> PifaFactors | None:
         m, n = layer.weight.shape
         r = rank_for_density(m, n, density, 16)
-        return random_factors(m, n, r, layer.matrix.dtype) if r else None
+        return random_factors(m, n, r, layer.matrix.dtype, seed=next(seeds)) if r else None
 
     put_factors(model, density, make, store)
 
