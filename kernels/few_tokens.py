@@ -22,9 +22,18 @@ KINDS = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "F
 SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None) -> Tensor"
 
 
+#: More than that it serves nowhere, so that nothing need be compiled to know.
+LIMIT = 16
+
+
+def serves(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether this is the fastest form for so many tokens on this processor."""
+    return 0 < tokens <= LIMIT and tokens <= most_tokens(dtype)
+
+
 @functools.cache
 def most_tokens(dtype: torch.dtype) -> int:
-    """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
+    """For how many tokens at most this is the fastest form; 0 where it cannot be had. Compiles it."""
     if dtype not in KINDS:
         return 0
     most = native.function(native.library("few_tokens", KINDS[dtype]), "most_tokens", (), c_long)

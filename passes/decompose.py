@@ -79,7 +79,7 @@ def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
     if not buffers.kernels or not isinstance(factors, PifaFactors) or tokens is None:
         return False
     plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
-    return plain and 0 < tokens <= few_tokens.most_tokens(factors.dtype)
+    return plain and few_tokens.serves(tokens, factors.dtype)
 
 
 def _tokens(x: fx.Node) -> int | None:

@@ -50,13 +50,26 @@ _FIRST, _SECOND = _product("first", R, N_IN), _product("second", M - R, R)
 #: The order of int32 is turned into positions of int64, in two kernels.
 _POSITIONS = (Step("places", 8 * M, NONE, NONE), Step("positions", 20 * M, NONE, NONE))
 
+#: All of a layer in one call on a CPU. Measured, it takes as long as its bytes and its sums, at the highest rate of
+#: float32, together, and not as the longer of the two.
+FEW_TOKENS = "few tokens"
+
 #: The steps of every form. On a CPU: ``dense``, ``pair``, ``pifa`` and ``pifa folded``, whose order went into its
-#: readers. Of the kernels for CUDA: ``gather``, products of the library, and ``tail``, which writes all of Y.
+#: readers, and FEW_TOKENS. Of the kernels for CUDA: ``gather``, products of the library, and ``tail``, which writes all
+#: of Y.
 STEPS: dict[str, tuple[Step, ...]] = {
     "dense": (_product("product", M, N_IN),),
     "pair": (_FIRST, _product("second", M, R)),
     "pifa": (_FIRST, _SECOND, Step("gather", 2 * ITEM * TOKENS * M, NONE, TOKENS * M)),
     "pifa folded": (_FIRST, _SECOND, Step("side by side", 2 * ITEM * TOKENS * M, NONE, NONE)),
+    FEW_TOKENS: (
+        Step(
+            "layer",
+            sympy.expand(ITEM * (R * (M + N_IN - R) + TOKENS * (N_IN + M))),
+            2 * TOKENS * R * (M + N_IN - R),
+            NONE,
+        ),
+    ),
     "gather": (_FIRST, _SECOND, *_POSITIONS, Step("gather", 2 * ITEM * TOKENS * M, NONE, NONE)),
     "tail": (
         _FIRST,
@@ -99,10 +112,13 @@ class Profile:
 def time(form: str, N: int, m: int, n: int, r: int, dtype: str, profile: Profile) -> float:
     """Predicted seconds of one layer in ``form`` (a key of STEPS) on N tokens; r is not read for "dense"."""
     sizes, rate = (N, m, n, r, ITEMS[dtype]), profile.rate(dtype, N)
+    if form == FEW_TOKENS:
+        read, sums = work(form, N, m, n, r, dtype)
+        return read / profile.bandwidth + sums / profile.peak("float32") + profile.call
     total = 0.0
     for moved, flop, gathered in _functions(form):
-        work = moved(*sizes) / profile.bandwidth, flop(*sizes) / rate, gathered(*sizes) / profile.gather
-        total += max(work) + profile.call
+        parts = moved(*sizes) / profile.bandwidth, flop(*sizes) / rate, gathered(*sizes) / profile.gather
+        total += max(parts) + profile.call
     return total
 
 

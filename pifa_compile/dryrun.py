@@ -14,6 +14,7 @@ from pifa_compile import _torch, cost, machine
 from pifa_compile.backend import find_run, make_context, warn_of_constants
 from pifa_compile.compression.ranks import plan_uniform
 from pifa_compile.factors import FLOP_PER_TOKEN, NUMBERS, Factors, Form, PifaFactors, numbers
+from pifa_compile.kernels.few_tokens import serves
 from pifa_compile.options import Settings, resolve
 from pifa_compile.passes.pairs import Pair
 from pifa_compile.passes.pipeline import run_passes
@@ -123,6 +124,8 @@ def _predicted(site: LinearSite, state: str) -> dict[str, float]:
     if site.rows is not None and site.record is not None:  # a layer's share of what it does together with others
         whole = site.record.shape[0]
     dtype = _torch.dtype_name(x.dtype)
+    if form == "pifa" and x.device.type == "cpu" and serves(tokens, x.dtype):
+        form = cost.FEW_TOKENS
     after = cost.time(form, tokens, whole, n, site.rank or 0, dtype, profile) * m / whole
     return {"ms_before": 1e3 * cost.time("dense", tokens, m, n, 0, dtype, profile), "ms_after": 1e3 * after}
 

@@ -40,6 +40,14 @@ def test_time_is_the_slower_of_bytes_and_flop_and_a_call():
     assert plain - folded == pytest.approx(1e6 / 1e9 - 8e6 / 1e10)
 
 
+def test_a_layer_in_one_call_takes_its_bytes_and_its_sums():
+    N, m, n, r = 2, 1000, 800, 300
+    moved, flop = 2 * (r * (m + n - r) + N * (m + n)), 2 * N * r * (m + n - r)
+    taken = cost.time(cost.FEW_TOKENS, N, m, n, r, "bfloat16", MACHINE)
+    assert taken == pytest.approx(moved / 1e10 + flop / 1e11 + 1e-5)
+    assert cost.work(cost.FEW_TOKENS, N, m, n, r, "bfloat16") == (moved, flop)
+
+
 def test_calls_decide_small_layers_and_flop_large_ones():
     forms = ("dense", "pair", "pifa")
     assert cost.fastest(forms, 1, 32, 32, 8, "float32", MACHINE) == "dense"

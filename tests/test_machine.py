@@ -10,6 +10,7 @@ from torch import nn
 
 import pifa_compile
 from pifa_compile import cost, machine
+from pifa_compile.kernels import few_tokens
 
 RATES = {"float32": {1: 1e10, 512: 1e11}, "bfloat16": {1: 2e10, 512: 2e11}, "float16": {1: 2e10, 512: 2e11}}
 
@@ -70,12 +71,16 @@ def test_what_is_measured_is_possible():
 
 
 def test_the_dry_run_predicts_where_the_machine_is_known(quick):
-    model, x = nn.Linear(64, 96), torch.randn(3, 5, 64)
+    model, x = nn.Linear(64, 96), torch.randn(4, 5, 64)
     (row,) = pifa_compile.dry_run(model, x, options={"density": 0.5}).rows
     assert "ms_after" not in row
     profile = machine.profile()
     report = pifa_compile.dry_run(model, x, options={"density": 0.5})
     (row,) = report.rows
-    assert row["ms_before"] == pytest.approx(1e3 * cost.time("dense", 15, 96, 64, 0, "float32", profile))
-    assert row["ms_after"] == pytest.approx(1e3 * cost.time("pifa", 15, 96, 64, row["rank"], "float32", profile))
+    assert row["ms_before"] == pytest.approx(1e3 * cost.time("dense", 20, 96, 64, 0, "float32", profile))
+    assert row["ms_after"] == pytest.approx(1e3 * cost.time("pifa", 20, 96, 64, row["rank"], "float32", profile))
     assert "ms predicted" in str(report)
+    if few_tokens.most_tokens(torch.float32):
+        (row,) = pifa_compile.dry_run(model, x[0, :1], options={"density": 0.5}).rows
+        few = cost.time(cost.FEW_TOKENS, 1, 96, 64, row["rank"], "float32", profile)
+        assert row["ms_after"] == pytest.approx(1e3 * few)

@@ -27,6 +27,7 @@ from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.shapes import shapes
 from pifa_compile.bench.timing import in_turns
 from pifa_compile.factors import density_of_rank, rank_for_density
+from pifa_compile.kernels.few_tokens import serves
 from pifa_compile.machine import profile
 from pifa_compile.store import Store
 
@@ -150,7 +151,8 @@ def _rows(
         taken = {name: seconds / known["layers"] for name, seconds in in_turns(runs, rounds=rounds).items()}
     rows = []
     for name, layer in layers.items():
-        form, seconds = layer.form, taken[name]
+        few = layer.store is not None and serves(N, dtype)
+        form, seconds = cost.FEW_TOKENS if few else layer.form, taken[name]
         predicted = cost.time(form, N, m, n, r, kind, machine)
         off = max(seconds / predicted, predicted / seconds)
         moved, flop = cost.work(form, N, m, n, r, kind)
