@@ -90,6 +90,7 @@ class PifaConfig(QuantizationConfigMixin):
     version  of this layout
     run      id of the compression run that the factors come from, if that is known
     recipe   its recipe, as JSON
+    tuned    how the factors were trained since then and what it gave, as ``TuningReport.to_json``; None: they were not
 
     Raises InputError for what this release cannot read.
     """
@@ -101,6 +102,7 @@ class PifaConfig(QuantizationConfigMixin):
         version: int = VERSION,
         run: str | None = None,
         recipe: Mapping[str, Any] | None = None,
+        tuned: Mapping[str, Any] | None = None,
         requires: str = REQUIRES,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -113,6 +115,7 @@ class PifaConfig(QuantizationConfigMixin):
         self.requires = requires
         self.run = run
         self.recipe = None if recipe is None else dict(recipe)
+        self.tuned = None if tuned is None else dict(tuned)
         self.layers = {str(name): dict(data) for name, data in layers.items()}
         self.forms()
 
