@@ -73,7 +73,7 @@ def _items(model: nn.Module, text: Any, tokenizer: Any, length: int) -> Items:
             given = f"{tuple(text.shape)} of {text.dtype} for {type(model).__name__}"
             raise InputError(f"token windows are count x length whole numbers for a causal model, not {given}")
         check_length(model, text.shape[1])
-        return list(text.long())
+        return list(text.long().clone())  # what was made in inference mode could not be trained on
     if isinstance(text, os.PathLike) or names_dataset(text):
         text = read_text(Path(text) if isinstance(text, os.PathLike) else text)
     texts = [text] if isinstance(text, str) else list(text)
