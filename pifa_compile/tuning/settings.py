@@ -42,7 +42,7 @@ class Tuning:
     mix: float = 0.0
     clip: float = 1.0
     also: tuple[str, ...] = ()
-    checks: int = 10
+    checks: int = 5
 
     def __post_init__(self) -> None:
         if self.loss not in ("distill", "lm"):
