@@ -85,8 +85,9 @@ def test_the_held_out_loss_falls_and_the_factors_alone_have_changed(pair, loss, 
     dense, model = pair
     before, teacher = state(model), state(dense)
     report = run(model, loss=loss, mix=mix, teacher=dense if loss == "distill" else None)
-    assert report.after["loss"] < report.before["loss"] and report.best in report.course
-    assert report.course[report.best] == min(report.course.values()) == report.after["loss"]
+    assert report.after["loss"] < report.before["loss"] == report.course[0][1]
+    assert [step for step, _ in report.course] == [0, 4, 8, 12]
+    assert min((value, step) for step, value in report.course) == (report.after["loss"], report.best)
     factors = {f"{name}.{key}" for name, layer in factored_layers(model) for key, _ in layer.named_parameters()}
     changed = {name for name, t in state(model).items() if not torch.equal(t, before[name])}
     assert changed == factors
@@ -203,6 +204,7 @@ def test_a_training_that_makes_it_worse_leaves_the_model_as_it_was_and_says_so(p
     assert report.best == 0 and report.after == report.before
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert word in caplog.text and "as it was" in caplog.text and "the start" in str(report)
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report.to_json()
 
 
 def test_the_best_state_is_kept_not_the_last(pair, monkeypatch):

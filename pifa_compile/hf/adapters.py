@@ -21,8 +21,8 @@ def lora(config: LoraConfig) -> LoraConfig:
         model = get_peft_model(model, lora(LoraConfig(target_modules=["q_proj", "v_proj"])))
         model = PeftModel.from_pretrained(model, folder, config=lora(LoraConfig.from_pretrained(folder)))
 
-    The adapter trains, the factors stay. There is no dense weight to merge it into: to merge is an error, until
-    ``pifa_compile.restore_(model)`` has made the layers below the adapters dense. Raises InputError for
+    The adapter trains, the factors stay as they are. There is no dense weight to merge it into: to merge is an error,
+    until ``pifa_compile.restore_(model)`` has made the layers below the adapters dense. Raises InputError for
     ``target_modules="all-linear"``, which means the types that PEFT knows.
     """
     if config.target_modules == "all-linear":
@@ -41,6 +41,10 @@ class FactoredLora(Linear):  # type: ignore[misc]  # PEFT's class is not typed
             raise InputError(f"{settings.get('target_name', 'a layer')} is a 1x1 convolution in factors; {cure}")
         super().__init__(base_layer, adapter_name, config=config, **settings)
         self.fan_in_fan_out = factored.layout == "in_out"  # for the dense layer that restore_ makes
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        """n and m; of a layer whose type it does not know PEFT takes them with a warning."""
+        return module.in_features, module.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As for a dense layer, once the layer is one; raises InputError while it is factored."""

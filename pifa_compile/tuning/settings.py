@@ -88,7 +88,7 @@ class TuningReport:
     numbers      that were trained
     before       figures at the start; ``after`` those of the state that the model has now
     done         steps that were made; ``best`` is the one whose state is kept, 0 the start
-    course       held-out losses that were measured, by step
+    course       (step, held-out loss), as often as it was measured
     interrupted  whether Ctrl-C ended it early
     """
 
@@ -101,13 +101,14 @@ class TuningReport:
     after: dict[str, float]
     done: int
     best: int
-    course: dict[int, float]
+    course: list[tuple[int, float]]
     seconds: float
     interrupted: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON."""
-        return asdict(self) | {"tuning": self.tuning.to_json()}
+        """Everything as JSON, which has no number for a loss that is not finite."""
+        course = [[step, loss if math.isfinite(loss) else None] for step, loss in self.course]
+        return asdict(self) | {"tuning": self.tuning.to_json(), "course": course}
 
     def __str__(self) -> str:
         how, kept = self.tuning, f"step {self.best}" if self.best else "the start, as nothing was better"

@@ -35,7 +35,7 @@ def train(
         raise InputError(f"the held-out loss is {before['loss']} before the first step; the model itself is broken")
     masters = _Masters(trained)
     kept, done, best, interrupted = masters.state(), 0, 0, False
-    course = {0: before["loss"]}
+    course = [(0, before["loss"])]
     every = max(1, how.steps // how.checks)
     with tqdm(total=how.steps, desc="tune", unit="step", disable=not progress, dynamic_ncols=True) as bar:
         try:
@@ -46,7 +46,7 @@ def train(
                     break
                 if done % every == 0 or done == how.steps:
                     found = task.measure(judged)
-                    course[done] = found["loss"]
+                    course.append((done, found["loss"]))
                     if found["loss"] < after["loss"]:
                         kept, best, after = masters.state(), done, found
                     bar.set_postfix({"loss": f"{loss:.4f}", "held out": f"{found['loss']:.4f}"}, refresh=False)
