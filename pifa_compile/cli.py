@@ -248,6 +248,8 @@ def _tune(options: argparse.Namespace) -> int:
     from pifa_compile.tuning import Tuning, tune
 
     how = Tuning(**{key: value for key in _TUNING if (value := getattr(options, key)) is not None})
+    if how.loss == "lm" and options.teacher is not None:
+        raise OptionError("the loss 'lm' has no use for --teacher; leave it out")
     keys = ("run", "density", "method", "store")
     chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     resolve(None, chosen)  # a mistake in them is told before the model is loaded
@@ -261,8 +263,6 @@ def _tune(options: argparse.Namespace) -> int:
         raise OptionError(f"{options.model} has its factors already; leave out {', '.join(f'--{k}' for k in chosen)}")
     elif dense is None and how.loss == "distill":
         raise OptionError("the loss 'distill' needs the dense model; name it with --teacher, or use --loss lm")
-    if how.loss == "lm" and options.teacher is not None:
-        raise OptionError("the loss 'lm' has no use for --teacher; leave it out")
     teacher = load_model(dense, dtype, need_tokenizer=False)[0].to(place) if how.loss == "distill" else None
     report = tune(model.to(place), how, text=options.text, tokenizer=tokenizer, teacher=teacher)
     export(model.to("cpu"), out, source=options.model, run=run, tuned=report.to_json())
@@ -494,7 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--store", action="append", type=Path, help=place)
 
     training = _command(commands, "tune", _tune, "train the factors of a model for a short while, and export it")
-    training.set_defaults(interrupted="nothing was written")
+    training.set_defaults(interrupted="the model was not written")
     _model(training)
     training.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     text = "text to train on; its end is held out, to judge by"

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 import pifa_compile
 from pifa_compile import PifaLinear, Svd
 from pifa_compile.errors import InputError
-from pifa_compile.hf import lora
 
 pytest.importorskip("peft", reason="the extra 'tune' is not installed")
 pytest.importorskip("accelerate", reason="the extra 'tune' is not installed")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from pifa_compile.hf import lora
 from pifa_compile.hf.adapters import FactoredLora
 
 IDS = torch.randint(256, (4, 24), generator=torch.Generator().manual_seed(0))

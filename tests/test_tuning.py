@@ -404,6 +404,7 @@ def test_the_command_refuses_in_a_line(pifa, language_folder, tmp_path):
         (["/no/such/model", "--out", tmp_path / "full"], cli.FAILED, "not an empty folder"),
         (["/no/such/model", "--out", tmp_path / "new"], cli.FAILED, "there is no such folder"),
         (["/no/such/model", "--out", tmp_path / "new", "--steps", 0], cli.USAGE, "steps is 0"),
+        (["/no/such/model", "--out", tmp_path / "new", "--loss", "lm", "--teacher", "x"], cli.USAGE, "no use for"),
         ([language_folder, "--out", tmp_path / "new"], cli.FAILED, "compress it first"),
     ]:
         found = pifa(*arguments)
@@ -425,4 +426,4 @@ def test_an_interrupted_command_writes_what_was_reached(pifa, language_folder, t
     assert "the start, since no state was better" in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr("pifa_compile.tuning.train", lambda *_: interrupt(None, None))
     code, printed, err = pifa(language_folder, "--out", tmp_path / "other", "--loss", "lm")
-    assert (code, printed) == (1, "") and err.endswith("pifa: error: interrupted; nothing was written\n")
+    assert (code, printed) == (1, "") and err.endswith("pifa: error: interrupted; the model was not written\n")

@@ -1,7 +1,7 @@
 """LoRA adapters of PEFT on factored layers: ``lora(config)`` tells PEFT what to put there.
 
-PEFT keeps a list of layer types that it knows, and takes others from the config of an adapter. It does not save those,
-so a config that is read from a file needs the same call. Needs the package peft.
+PEFT keeps a list of layer types that it knows, and takes others from the config of an adapter, which it calls
+experimental. It does not save those, so a config that is read from a file needs the same call. Needs the package peft.
 """
 
 from __future__ import annotations

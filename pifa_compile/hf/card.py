@@ -57,7 +57,8 @@ def model_card(
         parts.append(_made(recipe, run))
     if tuned is not None:
         parts.append(_tuned(tuned))
-    parts += ["## Layers", _layers(layers, forms, run if tuned is None else None)]
+    trained = tuned is not None and tuned["best"]
+    parts += ["## Layers", _layers(layers, forms, None if trained else run)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -22,7 +22,7 @@ class Tuning:
     steps        of AdamW, each with one batch
     lr           learning rate at its largest: it rises for a twentieth of the steps, then falls as a cosine to zero
     batch        windows (for a model that is not causal: lines) in a step
-    length       tokens in a window; the most tokens of a line
+    length       tokens in a window that is cut from a text; the most tokens of a line
     seed         of the order of the windows
     temperature  that the logits of both models are divided by where they are compared
     mix          share of the loss of the next token in a distillation, from 0 to 1
