@@ -407,6 +407,8 @@ def test_without_this_package_nothing_is_drawn_at_random(exported, tmp_path):
     [
         "import pifa_compile; import transformers",
         "from transformers.quantizers import AutoHfQuantizer; import pifa_compile",
+        "import pifa_compile.hf.quantizer",
+        "import pifa_compile.hf.config",
     ],
 )
 def test_the_order_of_imports_does_not_matter(imports):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import byte_tokenizer
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import pifa_compile
@@ -261,6 +262,19 @@ def test_it_runs_without_dropout_and_leaves_the_modes_as_they_were(pair):
     run(model, loss="lm")
     assert seen and not any(seen)
     assert model.training and not model.model.layers[0].mlp.training and model.model.layers[1].mlp.training
+
+
+def test_a_model_that_is_compiled_in_place_trains_as_an_eager_one(pair):
+    _, eager = pair
+    model = copy.deepcopy(eager)
+    model.compile(backend="pifa", options={"inner": "eager"})
+    found, wanted = (run(m, loss="lm", steps=4, checks=2) for m in (model, eager))
+    assert counters["pifa"]["prepared"] == 2 * 14, "one graph with gradients, one without"
+    assert [loss for _, loss in found.course] == pytest.approx([loss for _, loss in wanted.course], rel=1e-5)
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4), name
+    with pytest.raises(InputError, match=r"torch.compile has wrapped the model.*model.compile"):
+        run(torch.compile(eager, backend="eager"), loss="lm")
 
 
 # --- other models -----------------------------------------------------------------------------------------------------

@@ -174,3 +174,6 @@ def _forget_remote_code(model: Any) -> None:
             model.config.auto_map = left
         else:
             del model.config.auto_map
+
+
+register()

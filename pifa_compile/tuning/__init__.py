@@ -57,6 +57,9 @@ def tune(
 
 def _trained(model: nn.Module, also: Sequence[str]) -> dict[str, nn.Parameter]:
     """By name, each once: the parameters of factored layers, and those that a pattern names."""
+    if "_orig_mod" in dict(model.named_children()):
+        cure = "give the model itself, compiled in place if at all: model.compile(...)"
+        raise InputError(f"torch.compile has wrapped the model; {cure}")
     factored = {id(p) for _, layer in factored_layers(model) for p in layer.parameters()}
     if not factored:
         raise InputError("the model has no factored layers; make them first: pifa_compile.apply_(model)")
