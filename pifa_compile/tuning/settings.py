@@ -34,7 +34,7 @@ class Tuning:
 
     loss: Literal["distill", "lm"] = "distill"
     steps: int = 200
-    lr: float = 1e-4
+    lr: float = 3e-5
     batch: int = 8
     length: int = 256
     seed: int = 0
