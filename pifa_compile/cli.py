@@ -509,7 +509,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--teacher", help="the dense model (default: MODEL itself, unless it was exported)")
     training.add_argument("--steps", type=int, help="default: 200; Ctrl-C ends them early and writes the best so far")
     training.add_argument("--lr", type=float, help="largest learning rate (default: 0.00003)")
-    training.add_argument("--batch", type=int, help="windows, or lines, in a step (default: 8)")
+    training.add_argument("--batch", type=int, help="windows in a step (default: 8); lines of an encoder: try 64")
     training.add_argument("--length", type=int, help="tokens in a window, or at most in a line (default: 256)")
     training.add_argument("--seed", type=int, help="of the order of the windows (default: 0)")
     training.add_argument("--temperature", type=float, help="of the distributions that are compared (default: 1)")

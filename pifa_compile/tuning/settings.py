@@ -21,7 +21,7 @@ class Tuning:
     loss         "distill": the divergence from the dense model's outputs; "lm": the loss of the next token of the text
     steps        of AdamW, each with one batch
     lr           learning rate at its largest: it rises for a twentieth of the steps, then falls as a cosine to zero
-    batch        windows (for a model that is not causal: lines) in a step
+    batch        windows in a step; for a model that is not causal lines, of which it takes more (64), as they are short
     length       tokens in a window that is cut from a text; the most tokens of a line
     seed         of the order of the windows
     temperature  that the logits of both models are divided by where they are compared

@@ -57,7 +57,7 @@ def train(
         finally:
             masters.restore(kept)
     if best == 0:
-        cure = "give more steps or text, or a lower learning rate"
+        cure = "give more steps or text, a larger batch, or a lower learning rate"
         log.warning("no state was better than the start on the held-out text, so the model is as it was; %s", cure)
     return TuningReport(
         tuning=how,
