@@ -143,7 +143,7 @@ def measure(
             row = start_row(subject, name) if case is None else case_row(subject, name, case, density)
             kept[key] = {"key": key} | row | {"made": facts}
             if file is not None:
-                _write(file, list(kept.values()))
+                write_rows(file, list(kept.values()))
             print(f"{name} {density:g}: {kept[key]['scores']}, {row['seconds']:.1f} s", flush=True)
         rows.append(kept[key])
     return rows
@@ -162,7 +162,8 @@ def _key(subject: Subject, name: str, case: Case | None, density: float) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write(file: Path, rows: list[Row]) -> None:
+def write_rows(file: Path, rows: list[Row]) -> None:
+    """Write all rows at once, so that an interrupted process leaves the file whole."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(json.dumps(rows, indent=1) + "\n")
     os.replace(new, file)  # noqa: PTH105
@@ -297,6 +298,13 @@ def _docstrings() -> tuple[list[str], list[str]]:
 
 
 def _facts(options: argparse.Namespace) -> Row:
+    """Of this measurement, this machine and these sources."""
+    model = {"model": options.model, "start": options.start, "texts": options.texts}
+    model |= {"calibration": options.calibration, "calibration_windows": options.calibration_windows}
+    return model | machine_facts()
+
+
+def machine_facts() -> Row:
     """Of this machine and these sources."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
@@ -306,9 +314,7 @@ def _facts(options: argparse.Namespace) -> Row:
     machine = {"system": platform.platform(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     python = {"python": platform.python_version()}
-    model = {"model": options.model, "start": options.start, "texts": options.texts}
-    model |= {"calibration": options.calibration, "calibration_windows": options.calibration_windows}
-    return model | {"revision": revision, "machine": machine, "versions": versions | python}
+    return {"revision": revision, "machine": machine, "versions": versions | python}
 
 
 def _parser() -> argparse.ArgumentParser:

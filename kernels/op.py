@@ -96,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, pivot_rows, coefficients, row_order = ctx.saved_tensors
-    r = pivot_rows.shape[0]
+    r, m = pivot_rows.shape[0], row_order.shape[0]
     needs = ctx.needs_input_grad
     # The scale and the rounding of y_p cancel in exact arithmetic, so the gradient is that of the plain form.
     c = coefficients.to(grad.dtype)
@@ -108,7 +108,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_c = None
     if needs[2]:
         y_p = F.linear(x, pivot_rows).reshape(-1, r)
-        grad_c = (grad_np.reshape(-1, c.shape[0]).T @ y_p).to(coefficients.dtype)
+        grad_c = (grad_np.reshape(y_p.shape[0], m - r).T @ y_p).to(coefficients.dtype)  # m - r may be 0
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs[4] else None
     return grad_x, grad_rows, grad_c, None, grad_bias, None
 

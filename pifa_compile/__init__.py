@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pifa_compile.prepare import apply_, load, restore_
     from pifa_compile.recipes import Joint, Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
     from pifa_compile.store import Store
+    from pifa_compile.tuning import Tuning, TuningReport, tune
 
 _HOME = {
     "CompressionReport": "compression",
@@ -44,6 +45,9 @@ _HOME = {
     "recipe_from_json": "recipes",
     "restore_": "prepare",
     "PifaLinear": "modules",
+    "Tuning": "tuning",
+    "TuningReport": "tuning",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -59,6 +63,8 @@ __all__ = [
     "Store",
     "Svd",
     "SvdLlm",
+    "Tuning",
+    "TuningReport",
     "apply_",
     "compress",
     "dry_run",
@@ -67,6 +73,7 @@ __all__ = [
     "pifa",
     "recipe_from_json",
     "restore_",
+    "tune",
 ]
 
 

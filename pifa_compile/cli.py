@@ -1,4 +1,4 @@
-"""The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | export | env | bench | demo.
+"""The command ``pifa``: compress | dry-run | inspect | diff | eval | tune | verify | export | env | bench | demo.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed; ``diff`` ends with 0 whether the runs differ or not.
 Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.command(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail("interrupted; layers that were finished are kept, and the same command goes on from there", FAILED)
+        return _fail(f"interrupted; {options.interrupted}", FAILED)
     except BrokenPipeError:  # the reader has what it wanted; the interpreter must not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -237,6 +237,41 @@ def _eval(options: argparse.Namespace) -> int:
     keep_figures(found, runs, texts, model)
     _show(options, found.to_json(), found)
     return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from pifa_compile.hf.folder import export, new_folder
+    from pifa_compile.loading import load_model
+    from pifa_compile.modules import factored_layers
+    from pifa_compile.options import resolve
+    from pifa_compile.prepare import apply_run_
+    from pifa_compile.tuning import Tuning, tune
+
+    how = Tuning(**{key: value for key in _TUNING if (value := getattr(options, key)) is not None})
+    if how.loss == "lm" and options.teacher is not None:
+        raise OptionError("the loss 'lm' has no use for --teacher; leave it out")
+    keys = ("run", "density", "method", "store")
+    chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    resolve(None, chosen)  # a mistake in them is told before the model is loaded
+    out, place, dtype = new_folder(options.out), _device(options.device), _dtype(options.dtype)
+    _quiet()
+    model, tokenizer = load_model(options.model, dtype)
+    run, dense = None, options.teacher
+    if next(factored_layers(model), None) is None:
+        run, dense = apply_run_(model, **chosen), options.teacher or options.model
+    elif chosen:
+        raise OptionError(f"{options.model} has its factors already; leave out {', '.join(f'--{k}' for k in chosen)}")
+    elif dense is None and how.loss == "distill":
+        raise OptionError("the loss 'distill' needs the dense model; name it with --teacher, or use --loss lm")
+    teacher = load_model(dense, dtype, need_tokenizer=False)[0].to(place) if how.loss == "distill" else None
+    report = tune(model.to(place), how, text=options.text, tokenizer=tokenizer, teacher=teacher)
+    export(model.to("cpu"), out, source=options.model, run=run, tuned=report.to_json())
+    _show(options, report.to_json() | {"path": str(out)}, f"{report}\n\n{out}: README.md says how to load it")
+    return DONE
+
+
+#: Settings of a tuning that are options of the command.
+_TUNING = ("loss", "steps", "lr", "batch", "length", "seed", "temperature", "mix", "also")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -458,6 +493,32 @@ def _parser() -> argparse.ArgumentParser:
     place = "directory of a store; may be repeated (default: PIFA_CACHE_DIR, else the Hugging Face cache)"
     quality.add_argument("--store", action="append", type=Path, help=place)
 
+    training = _command(commands, "tune", _tune, "train the factors of a model for a short while, and export it")
+    training.set_defaults(interrupted="the model was not written")
+    _model(training)
+    training.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    text = "text to train on; its end is held out, to judge by"
+    training.add_argument("--text", type=_source, required=True, metavar="FILE", help=f"{text}; {_DATASET}")
+    one = training.add_mutually_exclusive_group()
+    one.add_argument("--run", help="id of a compression run, or its beginning (default: the only one that fits); a "
+                     "folder that `pifa export` wrote has its factors")  # fmt: skip
+    one.add_argument("--density", type=float, help="of the run")
+    training.add_argument("--method", help="of the run, beside a density")
+    losses = "distill (default): the outputs of the dense model; lm: the next token of the text"
+    training.add_argument("--loss", help=losses)
+    training.add_argument("--teacher", help="the dense model (default: MODEL itself, unless it was exported)")
+    training.add_argument("--steps", type=int, help="default: 200; Ctrl-C ends them early and writes the best so far")
+    training.add_argument("--lr", type=float, help="largest learning rate (default: 0.00003)")
+    training.add_argument("--batch", type=int, help="windows in a step (default: 8); lines of an encoder: try 64")
+    training.add_argument("--length", type=int, help="tokens in a window, or at most in a line (default: 256)")
+    training.add_argument("--seed", type=int, help="of the order of the windows (default: 0)")
+    training.add_argument("--temperature", type=float, help="of the distributions that are compared (default: 1)")
+    training.add_argument("--mix", type=float, help="share of the loss lm in a distillation (default: 0)")
+    other = "train parameters of this name too, such as '*norm*'; may be repeated"
+    training.add_argument("--also", action="append", metavar="PATTERN", help=other)
+    training.add_argument("--device", default="cpu", help="default: cpu")
+    _store(training)
+
     check = _command(commands, "verify", _verify, "check every object of a store, and that its runs fit a model")
     check.add_argument("run", nargs="?", help="id of a run, or its beginning (default: all runs)")
     check.add_argument("--model", help="directory or Hugging Face id: check that the runs were made of its weights")
@@ -509,6 +570,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _Command = Callable[[argparse.Namespace], int]
+_GOES_ON = "layers that were finished are kept, and the same command goes on from there"
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
@@ -516,7 +578,7 @@ def _command(commands: Any, name: str, function: _Command, text: str) -> argpars
         name, help=text, description=text, allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, interrupted=_GOES_ON)
     return parser
 
 

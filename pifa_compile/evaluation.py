@@ -27,6 +27,13 @@ def windows_of(text: str, tokenizer: Any, length: int = 256, most: int | None = 
     return windows
 
 
+def check_length(model: Any, length: int) -> None:
+    """Raise InputError unless a causal model can read windows of this many tokens."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if length < 2 or (isinstance(most, int) and length > most):
+        raise InputError(f"a window cannot have {length} tokens; give 2 to {most or 'what the model can read'}")
+
+
 @dataclass(frozen=True, eq=False)
 class NextTokens:
     """How a causal model continues windows of text: its perplexity, and its likeliest token at every position that is

@@ -25,6 +25,7 @@ from pifa_compile.compression.layer import versions
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, StoreError, UnknownRunError
 from pifa_compile.evaluation import (
+    check_length,
     embed,
     neighbour_agreement,
     next_tokens,
@@ -227,9 +228,7 @@ class _Language:
 
     def __init__(self, model: nn.Module, tokenizer: Any, text: str, how: Reading) -> None:
         length = how.length or 256
-        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if length < 2 or (isinstance(most, int) and length > most):
-            raise InputError(f"a window cannot have {length} tokens; give 2 to {most or 'what the model can read'}")
+        check_length(model, length)
         windows = windows_of(text, tokenizer, length - how.bos, how.windows)
         if how.bos:
             windows = _after_bos(windows, tokenizer)

@@ -292,6 +292,7 @@ def test_a_row_order_that_is_none_is_an_error_with_the_layer_s_name(exported):
     [
         ({"version": 2}, "it is of version 2, this release knows version 1"),
         ({"bits": 4}, "it is of version 1 with bits"),
+        ({"tuned": {"tuning": {"loss": "lm"}, "before": {}, "after": {}, "source": ""}}, "what it says of tuning"),
         ({"layers": {"a": {"form": "pifa"}}}, "a is "),
         ({"layers": {"a": {"form": "other", "rank": 3, "bias": False}}}, "a is "),
         ({"layers": {"a": {"form": "pifa", "rank": 0, "bias": False}}}, "a is "),
@@ -406,6 +407,8 @@ def test_without_this_package_nothing_is_drawn_at_random(exported, tmp_path):
     [
         "import pifa_compile; import transformers",
         "from transformers.quantizers import AutoHfQuantizer; import pifa_compile",
+        "import pifa_compile.hf.quantizer",
+        "import pifa_compile.hf.config",
     ],
 )
 def test_the_order_of_imports_does_not_matter(imports):

@@ -82,11 +82,45 @@ def test_opcheck(mixed, bias):
         torch.library.opcheck(linear, (*leaves, order, None if b is None else b.requires_grad_()))
 
 
-def test_gradients_of_input_factors_and_bias():
+@pytest.mark.parametrize("shape", [(5, 3, 2), (3, 5, 3), (7, 4, 4), (4, 4, 1)])
+@pytest.mark.parametrize("lead", [(2, 3), (1,), (), (0,), (2, 0)])
+@pytest.mark.parametrize(("bias", "scale"), [(True, 1.0), (True, 0.25), (False, 8.0)])
+def test_gradients_of_input_factors_and_bias_and_gradients_of_those(shape, lead, bias, scale):
+    """Rank of all rows (3 x 5: no coefficients at all), of all columns, and 1; no token, one, and several."""
+    m, n, _ = shape
+    rows, c, order = factors(*shape, torch.float64)
+    x = torch.randn(*lead, n, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, rows, c, *([torch.randn(m, dtype=torch.float64)] if bias else []))]
+
+    def apply(x, rows, c, b=None):
+        return linear(x, rows, c, order, b, scale)
+
+    assert torch.autograd.gradcheck(apply, leaves)
+    assert torch.autograd.gradgradcheck(apply, leaves)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_the_gradient_of_one_argument_alone(wanted):
     rows, c, order = factors(20, 12, 6, torch.float64)
-    leaves = [t.requires_grad_() for t in (torch.randn(2, 3, 12, dtype=torch.float64), rows, c)]
-    bias = torch.randn(20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, p, q, b: linear(x, p, q, order, b), (*leaves, bias))
+    leaves = [torch.randn(2, 3, 12, dtype=torch.float64), rows, c, torch.randn(20, dtype=torch.float64)]
+    leaves[wanted].requires_grad_()
+    linear(*leaves[:3], order, leaves[3]).square().sum().backward()
+    dense = [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves]
+    oracle(*dense[:3], order, dense[3]).square().sum().backward()
+    for found, exact in zip(leaves, dense, strict=True):
+        assert (found.grad is None) == (exact.grad is None)
+        assert found.grad is None or torch.allclose(found.grad, exact.grad)
+
+
+def test_gradients_of_coefficients_in_another_dtype_are_in_theirs():
+    rows, c, order = factors(48, 32, 16, torch.bfloat16, torch.float16)
+    leaves = [t.requires_grad_() for t in (torch.randn(7, 32, dtype=torch.bfloat16), rows, c)]
+    linear(*leaves, order, None, 0.25).float().square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    oracle(*exact, order).square().sum().backward()
+    for found, wanted in zip(leaves, exact, strict=True):
+        assert found.grad.dtype == found.dtype
+        assert relative(found.grad, wanted.grad) < 2e-2
 
 
 def test_autocast_is_that_of_a_linear_layer():

@@ -28,6 +28,7 @@ ROOMS = (
         "pifa_compile.demo",
         "pifa_compile.layer_errors",
         "pifa_compile.quality",
+        "pifa_compile.tuning",
         "pifa_compile.verification",
     },
     {"pifa_compile.hf"},

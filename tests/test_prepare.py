@@ -190,6 +190,45 @@ def test_gradients_flow_through_a_prepared_layer_and_into_trainable_factors():
     assert torch.allclose(layer[0].bias.grad, exact[0].bias.grad, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["pifa", "pair"])
+def test_gradients_of_a_factored_layer_and_gradients_of_those(form):
+    """Of the input and of every parameter, in float64; a scale is undone exactly."""
+    model = compressed(nn.Sequential(nn.Linear(7, 9)).double(), form=form)
+    layer = pifa_compile.apply_(model, trainable=True)[0]
+    if form == "pifa":
+        layer.y_exponent = -2
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+
+    def apply(x, *given):
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
+
+    assert len(parameters) == 3
+    assert torch.autograd.gradcheck(apply, (x, *parameters))
+    assert torch.autograd.gradgradcheck(apply, (x, *parameters))
+
+
+@pytest.mark.parametrize("backend", ["pifa", "inductor"])
+def test_a_compiled_model_trains_as_an_eager_one(backend):
+    """The same losses, gradients and parameters over three steps."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 24, bias=False))
+    eager = pifa_compile.apply_(compressed(model), trainable=True)
+    found, x = copy.deepcopy(eager), torch.randn(3, 8, 32)
+    compiled = torch.compile(found, backend=backend, fullgraph=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, found)]
+    for _ in range(3):
+        losses = [model(x).sub(1).square().mean() for model in (eager, compiled)]
+        assert torch.allclose(*losses, rtol=1e-5)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        for (name, p), q in zip(eager.named_parameters(), found.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
+        for optimizer in optimizers:
+            optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 1, "a step compiles nothing again"
+
+
 def test_under_autocast_a_prepared_layer_gives_what_a_linear_layer_gives():
     model, x = compressed(nn.Sequential(nn.Linear(32, 48))), torch.randn(5, 32)
     prepared = pifa_compile.apply_(copy.deepcopy(model))

@@ -10,13 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pifa_compile.hf.adapters import lora
     from pifa_compile.hf.config import PifaConfig
     from pifa_compile.hf.folder import export
     from pifa_compile.hf.quantizer import PifaQuantizer
 
-_HOME = {"PifaConfig": "config", "PifaQuantizer": "quantizer", "export": "folder"}
+_HOME = {"PifaConfig": "config", "PifaQuantizer": "quantizer", "export": "folder", "lora": "adapters"}
 
-__all__ = ["PifaConfig", "PifaQuantizer", "export"]
+__all__ = ["PifaConfig", "PifaQuantizer", "export", "lora"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,10 @@ def model_card(
     source: str | os.PathLike[str] | None,
     run: Run | None,
     recipe: Mapping[str, Any] | None,
+    tuned: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of README.md. Figures are of this model; errors are there where the run says what they were."""
+    """The text of README.md. Figures are of this model; errors are there where the run says what they were, and the
+    factors were not trained since."""
     name, on_hub = _origin(source, run)
     layers = dict(factored_layers(model))
     dense = sum(layer.out_features * layer.in_features for layer in layers.values())
@@ -53,7 +55,10 @@ def model_card(
     ]
     if recipe is not None:
         parts.append(_made(recipe, run))
-    parts += ["## Layers", _layers(layers, forms, run)]
+    if tuned is not None:
+        parts.append(_tuned(tuned))
+    trained = tuned is not None and tuned["best"]
+    parts += ["## Layers", _layers(layers, forms, None if trained else run)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,6 +110,20 @@ def _made(recipe: Mapping[str, Any], run: Run | None) -> str:
         if header.calibration is not None:
             told.append(f"Calibration: `{json.dumps(header.calibration)}`")
     return "\n\n".join(told)
+
+
+def _tuned(tuned: Mapping[str, Any]) -> str:
+    """What was trained on and what it gave."""
+    how, before, after = tuned["tuning"], tuned["before"], tuned["after"]
+    rows = [[name.replace("_", " "), f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before]
+    towards = "the next token of the text" if how["loss"] == "lm" else "the outputs of the dense model"
+    kept = f"the state of step {tuned['best']}" if tuned["best"] else "the start, since no state was better"
+    told = (
+        f"The factors were trained towards {towards}: {tuned['done']} steps on {tuned['items']} windows or lines of "
+        f"{tuned['source']}; kept is {kept}. Judged by {tuned['held_out']} others from its end:"
+    )
+    table = tabulate(rows, ["held out", "before", "after"], "github", disable_numparse=True)
+    return f"## How it was tuned\n\n{told}\n\n{table}\n\n```json\n{json.dumps(dict(how), indent=1)}\n```"
 
 
 def _layers(layers: Mapping[str, FactoredLinear], forms: Mapping[str, LayerForm], run: Run | None) -> str:

@@ -90,6 +90,7 @@ class PifaConfig(QuantizationConfigMixin):
     version  of this layout
     run      id of the compression run that the factors come from, if that is known
     recipe   its recipe, as JSON
+    tuned    how the factors were trained since then and what it gave, as ``TuningReport.to_json``; None: they were not
 
     Raises InputError for what this release cannot read.
     """
@@ -101,6 +102,7 @@ class PifaConfig(QuantizationConfigMixin):
         version: int = VERSION,
         run: str | None = None,
         recipe: Mapping[str, Any] | None = None,
+        tuned: Mapping[str, Any] | None = None,
         requires: str = REQUIRES,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -113,6 +115,9 @@ class PifaConfig(QuantizationConfigMixin):
         self.requires = requires
         self.run = run
         self.recipe = None if recipe is None else dict(recipe)
+        if tuned is not None and not _is_tuning(tuned):
+            raise config_error(f"what it says of tuning is {tuned!r}")
+        self.tuned = None if tuned is None else dict(tuned)
         self.layers = {str(name): dict(data) for name, data in layers.items()}
         self.forms()
 
@@ -123,6 +128,20 @@ class PifaConfig(QuantizationConfigMixin):
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
+
+
+def _is_tuning(told: Any) -> bool:
+    """Whether something has what is shown of a tuning: settings, counts, and the same figures before and after."""
+    if not isinstance(told, Mapping) or not {"tuning", "before", "after", "source"} <= set(told):
+        return False
+    figures = told["before"], told["after"]
+    return (
+        isinstance(told["tuning"], Mapping)
+        and "loss" in told["tuning"]
+        and all(type(told.get(key)) is int for key in ("done", "best", "items", "held_out"))
+        and all(isinstance(f, Mapping) and all(type(v) in (int, float) for v in f.values()) for f in figures)
+        and set(figures[0]) == set(figures[1])
+    )
 
 
 def config_error(problem: str) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ def export(
     *,
     source: str | os.PathLike[str] | None = None,
     run: Run | None = None,
+    tuned: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write a prepared transformers model, as ``apply_`` and ``load`` make them, to a new folder; returns its path.
 
     source          directory or Hugging Face id of the dense model, for its tokenizer and for the card
     run             the run that the factors come from, for the card: recipe, ranks, errors
+    tuned           what ``tune`` gave, as JSON, where the factors were trained: ``report.to_json()``
     max_shard_size  as in ``save_pretrained``
 
     ``from_pretrained`` loads the folder where pifa_compile is imported. From then on the model's own
@@ -51,9 +54,7 @@ def export(
     """
     from transformers import PreTrainedModel
 
-    out = Path(folder).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already and is not an empty folder; name a new one")
+    out = new_folder(folder)
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"{type(model).__name__} is no model of transformers; save its state_dict() instead")
     forms = describe(model)
@@ -65,6 +66,7 @@ def export(
     else:
         like = known if isinstance(known, PifaConfig) else PifaConfig({})
     config = config_of(forms, like=like)
+    config.tuned = config.tuned if tuned is None else dict(tuned)
     companions = _companions(source)  # before anything is written: a name may be wrong
     attach(model, config)
     model.config.auto_map = auto_map(model)
@@ -77,7 +79,16 @@ def export(
     for path, name in companions:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
-    (out / "README.md").write_text(model_card(model, forms, source, run, config.recipe), encoding="utf-8")
+    card = model_card(model, forms, source, run, config.recipe, config.tuned)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """The place, if nothing is there yet; raises InputError if something is."""
+    out = Path(folder).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already and is not an empty folder; name a new one")
     return out
 
 

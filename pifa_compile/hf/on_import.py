@@ -27,7 +27,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    import_module("pifa_compile.hf.quantizer").register()
+    """Import what registers itself; where its own import has brought us here, it does so at its end."""
+    import_module("pifa_compile.hf.quantizer")
 
 
 class _Finder(MetaPathFinder):

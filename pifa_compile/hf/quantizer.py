@@ -118,7 +118,8 @@ class PifaQuantizer(HfQuantizer):
 
 def config_of(forms: Mapping[str, LayerForm], *, like: PifaConfig) -> PifaConfig:
     """The config of these layers, with the origin that another one names."""
-    return PifaConfig({name: form.to_json() for name, form in forms.items()}, run=like.run, recipe=like.recipe)
+    layers = {name: form.to_json() for name, form in forms.items()}
+    return PifaConfig(layers, run=like.run, recipe=like.recipe, tuned=like.tuned)
 
 
 def checkpoint_tensors(model: nn.Module, forms: Mapping[str, LayerForm]) -> dict[str, Tensor]:
@@ -173,3 +174,6 @@ def _forget_remote_code(model: Any) -> None:
             model.config.auto_map = left
         else:
             del model.config.auto_map
+
+
+register()
