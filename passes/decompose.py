@@ -14,7 +14,8 @@ One call with all of a layer is faster for few tokens, of which the processor sa
 ``kernels/cpu/few_tokens.cpp``. The merge is not fused with what reads it, so it is for many features.
 
 N = 512 tokens to m = 2048 features, bfloat16: two cores of an EPYC with AVX-512 0.57 ms by ``index_select``, 0.47
-without its bounds check, 0.17 in groups of 16, where the two products take 7.6 ms; of a Xeon with AMX MERGE_FIGURES.
+without its bounds check, 0.17 in groups of 16, where the two products take 7.6 ms; of a Xeon with AMX 0.74 gathered,
+0.21 merged and 0.16 copied side by side, where the two products take 5.2 ms.
 """
 
 from __future__ import annotations
