@@ -45,7 +45,7 @@ def run(folder: Path, place: str, count: int, *arguments: object) -> subprocess.
 
 
 def interrupted(done: subprocess.CompletedProcess[str]) -> bool:
-    assert done.returncode == cli.FAILED, done.stderr
+    assert done.returncode == cli.INTERRUPTED, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("pifa: error: interrupted; layers that were finished are kept")
     return True
