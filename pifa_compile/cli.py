@@ -1,6 +1,7 @@
 """The command ``pifa``: compress | dry-run | inspect | diff | eval | verify | export | env | bench | demo.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 130 interrupted; ``diff`` ends with 0 whether the runs differ or not.
+Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 130 interrupted; ``diff`` ends with 0
+whether the runs differ or not.
 Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
 """
 
@@ -514,9 +515,7 @@ _Command = Callable[[argparse.Namespace], int]
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=function)
     return parser

@@ -47,9 +47,9 @@ def apply_(
     run, density, method   which run of the store, as in the backend's options; the only one that fits by default
     trainable              whether the factors require gradients
 
-    Weights are recognised by content. Raises NoRunError if no run fits, AmbiguousRunError if several do, and DamagedError
-    for factors that are not what was written. After an error the model is as it was; until all factors are read, it
-    holds its dense weights beside them.
+    Weights are recognised by content. Raises NoRunError if no run fits, AmbiguousRunError if several do, and
+    DamagedError for factors that are not what was written. After an error the model is as it was; until all factors are
+    read, it holds its dense weights beside them.
     """
     apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable)
     return model

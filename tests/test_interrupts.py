@@ -87,5 +87,3 @@ def test_demo(language_folder, tmp_path, place, count):
     text.write_text("A text of a few words, again and again. " * 400)
     arguments = ("demo", "--model", language_folder, "--text", text, "--densities", 0.5, "--out", tmp_path / "out")
     assert interrupted(run(tmp_path, place, count, *arguments))
-
-

@@ -10,7 +10,14 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from pifa_compile.errors import DamagedError, FactorFormatError, RecordError, RunMismatchError, StoreAccessError, StoreError
+from pifa_compile.errors import (
+    DamagedError,
+    FactorFormatError,
+    RecordError,
+    RunMismatchError,
+    StoreAccessError,
+    StoreError,
+)
 from pifa_compile.store import files, journal, locks
 from pifa_compile.store.objects import object_path, read_object
 from pifa_compile.store.records import LayerRecord, Run, RunHeader
