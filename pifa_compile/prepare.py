@@ -91,8 +91,8 @@ def apply_run_(
         record = chosen.by_digest.get(digest)
         if record is not None and record.object is not None:
             refused[weight.name] = why_not(model, weight.name) or ""
-    for places, made in replacements:
-        _set_module(model, places, made)
+    for places, replacement in replacements:
+        _set_module(model, places, replacement)
     _tell(refused)
     return chosen
 
