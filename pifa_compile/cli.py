@@ -1,6 +1,7 @@
 """The command ``pifa``: compress | dry-run | inspect | diff | eval | tune | verify | export | env | bench | demo.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed; ``diff`` ends with 0 whether the runs differ or not.
+Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 130 interrupted; ``diff`` ends with 0
+whether the runs differ or not.
 Results go to standard output, as text or with --json as JSON; progress and messages go to standard error.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 from pifa_compile.errors import DamagedError, InputError, OptionError, PifaError, RecipeError
 
 DONE, FAILED, USAGE, UNVERIFIED = range(4)
+INTERRUPTED = 128 + 2  # as shells have it: 128 and the number of SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.command(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail(f"interrupted; {options.interrupted}", FAILED)
+        return _fail(f"interrupted; {options.interrupted}", INTERRUPTED)
     except BrokenPipeError:  # the reader has what it wanted; the interpreter must not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -574,9 +576,7 @@ _GOES_ON = "layers that were finished are kept, and the same command goes on fro
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=function, interrupted=_GOES_ON)
     return parser

@@ -111,7 +111,7 @@ def _leaves(t: Tensor, start: int, dtypes: Sequence[torch.dtype]) -> list[bytes]
     for begin in range(start, stop, _PIECE):
         piece = _elements(t, begin, min(begin + _PIECE, stop))
         for sha, form in zip(hashes, _forms(piece, wide, casts), strict=True):
-            sha.update(_bytes(form))
+            sha.update(memory_of(form))
     return [sha.digest() for sha in hashes]
 
 
@@ -157,7 +157,7 @@ def _convert(piece: Tensor, buffer: Tensor) -> Tensor:
     return target
 
 
-def _bytes(row: Tensor) -> Any:
+def memory_of(row: Tensor) -> Any:
     """The memory of a contiguous row on the CPU as a buffer, for as long as the row is alive.
 
     Not by way of numpy: torch then never again resizes the storage, which is the caller's, and FSDP does that.

@@ -47,7 +47,9 @@ def apply_(
     run, density, method   which run of the store, as in the backend's options; the only one that fits by default
     trainable              whether the factors require gradients
 
-    Weights are recognised by content. Raises NoRunError if no run fits and AmbiguousRunError if several do.
+    Weights are recognised by content. Raises NoRunError if no run fits, AmbiguousRunError if several do, and
+    DamagedError for factors that are not what was written. After an error the model is as it was; until all factors are
+    read, it holds its dense weights beside them.
     """
     apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable)
     return model
@@ -73,7 +75,8 @@ def apply_run_(
     by_parameter = {id(w.parameter): (w, d) for w, d in zip(weights, digests, strict=True)}
     own, names = _Own(opened, trainable), _names(model)
     refused: dict[str, str] = {}
-    for name, module in list(model.named_modules()):
+    replacements: list[tuple[list[str], nn.Module]] = []  # all are made before one is set
+    for name, module in model.named_modules():
         weight, digest = by_parameter.get(id(module._parameters.get("weight")), (None, ""))
         record = chosen.by_digest.get(digest)
         if weight is not None and record is not None and record.object is not None and record.layout == weight.layout:
@@ -82,12 +85,14 @@ def apply_run_(
                 continue
             factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
-            _set_module(model, names[id(module)], made.train(module.training))
+            replacements.append((names[id(module)], made.train(module.training)))
     held = [w for w in held_weights(model) if w.reason is None]
     for weight, digest in zip(held, digest_many([w.parameter.detach() for w in held]), strict=True):
         record = chosen.by_digest.get(digest)
         if record is not None and record.object is not None:
             refused[weight.name] = why_not(model, weight.name) or ""
+    for places, replacement in replacements:
+        _set_module(model, places, replacement)
     _tell(refused)
     return chosen
 

@@ -176,7 +176,7 @@ def test_an_interruption_says_that_the_work_is_kept(pifa, llama, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pifa_compile.compression.compress", interrupt)
-    assert failed(pifa(*COMPRESS, llama, "--density", 0.5), 1, "interrupted; layers that were finished are kept")
+    assert failed(pifa(*COMPRESS, llama, "--density", 0.5), 130, "interrupted; layers that were finished are kept")
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback(llama, monkeypatch):

@@ -18,9 +18,11 @@ from torch._dynamo.utils import counters
 
 import pifa_compile
 from pifa_compile import PifaLinear, Svd
-from pifa_compile.errors import InputError, NoRunError
+from pifa_compile.errors import DamagedError, InputError, NoRunError
 from pifa_compile.modules import PairLinear
 from pifa_compile.prepare import empty_model
+from pifa_compile.store import Store
+from pifa_compile.store.objects import object_path
 
 
 class Mixed(nn.Module):
@@ -75,6 +77,24 @@ def test_modules_of_every_kind_become_factored_and_dense_weights_are_gone(form):
     assert all(isinstance(m, kind) for m in (model.linear, model.convolution, model.transposed))
     with torch.no_grad():
         assert relative(model(x), exact) < 1e-5
+
+
+def test_a_model_whose_last_factors_are_damaged_is_as_it_was(tmp_path):
+    model = compressed(Mixed())
+    modules, state = dict(model.named_modules()), {name: t.data_ptr() for name, t in model.state_dict().items()}
+    (run,) = Store().runs()
+    path = object_path(Store().root, run.layers[-1].object)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedError, match=r"^transposed: .*compress again with the same recipe and text"):
+        pifa_compile.apply_(model)
+    assert dict(model.named_modules()) == modules
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == state
+
+
+def test_the_memory_of_factors_that_were_read_can_be_given_back():
+    model = pifa_compile.apply_(compressed(Mixed()))
+    storage = model.linear.pivot_rows.untyped_storage()
+    assert storage.resizable()
 
 
 @pytest.mark.parametrize("backend", ["pifa", "inductor", "eager", "aot_eager"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import pifa_compile
 from pifa_compile import Store, Svd
 from pifa_compile.cli import main
+from pifa_compile.compression import layer
 from pifa_compile.loading import load_model
 from pifa_compile.verification import verify
 
@@ -59,6 +61,31 @@ def test_the_command_says_3_for_a_damaged_store_and_0_for_a_whole_one(compressed
     damage(store, run)
     assert main(["verify", run.run_id, "--store", str(store.root)]) == 3
     assert "problem" in capsys.readouterr().out
+
+
+def test_compressing_again_makes_what_is_damaged_anew_and_only_that(compressed, monkeypatch, caplog):
+    model, store, run = compressed
+    made, factorize = [], layer.factorize
+    monkeypatch.setattr(layer, "factorize", lambda *args, **kwargs: made.append(1) or factorize(*args, **kwargs))
+    damage(store, run)
+    again = pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), store=store, progress=False).run
+    assert len(made) == 1 and verify(store).problems == []
+    assert {r.name: r.object for r in again.layers} == {r.name: r.object for r in run.layers}
+    (message,) = caplog.messages  # and no word of factors that changed
+    assert "the factors of 1 layers are damaged or missing and are made again: 0" in message
+
+
+def test_factors_that_come_out_otherwise_than_those_that_were_damaged_are_told_of(compressed, monkeypatch, caplog):
+    model, store, run = compressed
+    factorize = layer.factorize
+
+    def other(low_rank, *args, **kwargs):
+        return factorize(replace(low_rank, coordinates=low_rank.coordinates * 2), *args, **kwargs)
+
+    monkeypatch.setattr(layer, "factorize", other)
+    damage(store, run)
+    pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), store=store, progress=False)
+    assert "the factors of layer '0' are others than those that were lost" in caplog.messages[-1]
 
 
 def test_quality_of_an_encoder_on_a_text(encoder_folder, tmp_path, capsys):

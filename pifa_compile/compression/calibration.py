@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pifa_compile.compression.blocks import Batch
 from pifa_compile.compression.sources import read_source
-from pifa_compile.digest import digest_many
+from pifa_compile.digest import digest_many, memory_of
 from pifa_compile.errors import InputError
 from pifa_compile.evaluation import windows_of
 from pifa_compile.loading import is_causal
@@ -161,7 +161,7 @@ def _digest(batches: Sequence[Batch]) -> str:
             head = (key, repr(value)) if content is None else (key, str(content.dtype), str(tuple(content.shape)))
             found.update("|".join(head).encode())
             if content is not None:
-                found.update(content.view(torch.uint8).numpy().tobytes() if content.dim() else repr(content).encode())
+                found.update(memory_of(content) if content.dim() else repr(content).encode())
     return found.hexdigest()
 
 

@@ -31,7 +31,7 @@ def lora(config: LoraConfig) -> LoraConfig:
     return config
 
 
-class FactoredLora(Linear):  # type: ignore[misc]  # PEFT's class is not typed
+class FactoredLora(Linear):
     """LoRA beside a factored layer: y = layer(x) + scaling B A x."""
 
     def __init__(self, base_layer: Any, adapter_name: str, config: LoraConfig, **settings: Any) -> None:

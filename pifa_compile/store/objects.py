@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pifa_compile.digest import memory_of
 from pifa_compile.errors import DamagedError, FactorFormatError, StoreAccessError
 from pifa_compile.store import files
 from pifa_compile.store.json_text import parse
@@ -49,7 +50,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 CURE = (
-    "remove the file and compress again, which computes only what is missing; "
+    "compress again with the same recipe and text, which makes only what is damaged or missing anew; "
     "of a run that a first call made, remove the run with Store.delete_run, and call again"
 )
 
@@ -153,8 +154,7 @@ def _read_header(path: Path, file: FileIO, size: int) -> bytes:
 
 def _pieces(t: Tensor) -> Iterator[memoryview]:
     """The memory of a contiguous tensor in steps."""
-    shared: Any = t.reshape(-1).view(torch.uint8).numpy()
-    memory = memoryview(shared)
+    memory = memoryview(memory_of(t))
     for start in range(0, len(memory), _STEP):
         yield memory[start : start + _STEP]
 

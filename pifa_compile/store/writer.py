@@ -10,9 +10,16 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from pifa_compile.errors import RecordError, RunMismatchError, StoreAccessError, StoreError
+from pifa_compile.errors import (
+    DamagedError,
+    FactorFormatError,
+    RecordError,
+    RunMismatchError,
+    StoreAccessError,
+    StoreError,
+)
 from pifa_compile.store import files, journal, locks
-from pifa_compile.store.objects import object_path
+from pifa_compile.store.objects import object_path, read_object
 from pifa_compile.store.records import LayerRecord, Run, RunHeader
 
 _log = logging.getLogger(__name__)
@@ -28,6 +35,7 @@ class RunWriter:
         self.header = header
         self._root = root
         self._done: dict[str, LayerRecord] = {}
+        self._lost: dict[str, LayerRecord] = {}
         self._complete = False
         self._journal = journal.Journal()
         self._descriptor: int | None = None
@@ -59,6 +67,10 @@ class RunWriter:
             raise RecordError(f"layer {record.name!r}", f"its object {record.object} is not in the store; put it first")
         self._append(self._journal.layer(record))
         self._done[record.name] = record
+        lost = self._lost.pop(record.name, None)
+        if lost is not None and lost.object != record.object:
+            text = "run %r: the factors of layer %r are others than those that were lost (%.12s, were %.12s)"
+            _log.warning(text, self.header.run_id, record.name, record.object, lost.object)
 
     def finish(self) -> Run:
         """Turn the journal into the document of a finished run. Raises StoreError while layers are missing."""
@@ -81,20 +93,21 @@ class RunWriter:
         return journal_path(self._root, self.header.run_id)
 
     def _resume(self) -> None:
-        """Take over what earlier attempts finished, as far as its objects are still there."""
+        """Take over what earlier attempts finished, as far as its objects are still there and whole."""
         finished, begun = read_document(self._root, self.header.run_id), read_partial(self._root, self.header.run_id)
         for run in filter(None, (finished, begun)):
             _same_settings(run.header, self.header)
             self.header = run.header
-            self._done |= {record.name: record for record in run.layers if _has_object(self._root, record)}
+            self._done |= {record.name: record for record in run.layers if _is_whole(self._root, record)}
+            self._lost |= {record.name: record for record in run.layers if record.name not in self._done}
         self._complete = finished is not None and all(record.name in self._done for record in finished.layers)
         if self._complete:
             with files.access(self._path):
                 self._path.unlink(missing_ok=True)  # left by a process that was killed at the end of `finish`
             return
-        if finished:
-            lost = [record.name for record in finished.layers if record.name not in self._done]
-            _log.warning("run %r: the factors of %d layers are lost: %s", self.header.run_id, len(lost), lost[:5])
+        if lost := [name for name in self._lost if name not in self._done]:
+            text = "run %r: the factors of %d layers are damaged or missing and are made again: %s"
+            _log.warning(text, self.header.run_id, len(lost), ", ".join(lost[:5]))
         # Written anew, which drops a torn line and what was lost.
         self._journal, data = journal.write_journal(self.header, self._done.values())
         files.write(self._root, self._path, data)
@@ -143,6 +156,16 @@ def read_partial(root: Path, run_id: str) -> Run | None:
 
 def _has_object(root: Path, record: LayerRecord) -> bool:
     return record.object is None or object_path(root, record.object).is_file()
+
+
+def _is_whole(root: Path, record: LayerRecord) -> bool:
+    """Whether a layer's object is there and is what was written; reads it."""
+    try:
+        return record.object is None or bool(read_object(root, record.object, "cpu"))
+    except DamagedError:
+        return False
+    except FactorFormatError:  # whole, but not for this version to judge
+        return True
 
 
 def _same_settings(begun: RunHeader, given: RunHeader) -> None:
