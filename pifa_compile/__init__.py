@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pifa_compile.errors import PifaError
     from pifa_compile.factors import PairFactors, PifaFactors
     from pifa_compile.hf.folder import export
+    from pifa_compile.importing import ImportReport, import_pairs
     from pifa_compile.modules import PifaLinear
     from pifa_compile.prepare import apply_, load, restore_
     from pifa_compile.recipes import Joint, Mpifa, Recipe, Svd, SvdLlm, recipe_from_json
@@ -40,6 +41,8 @@ _HOME = {
     "apply_": "prepare",
     "dry_run": "dryrun",
     "export": "hf.folder",
+    "ImportReport": "importing",
+    "import_pairs": "importing",
     "load": "prepare",
     "pifa": "backend",
     "recipe_from_json": "recipes",
@@ -53,6 +56,7 @@ _HOME = {
 __all__ = [
     "CompressionReport",
     "DryRun",
+    "ImportReport",
     "Joint",
     "Mpifa",
     "PairFactors",
@@ -69,6 +73,7 @@ __all__ = [
     "compress",
     "dry_run",
     "export",
+    "import_pairs",
     "load",
     "pifa",
     "recipe_from_json",

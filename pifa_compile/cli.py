@@ -324,6 +324,23 @@ def _export(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _import(options: argparse.Namespace) -> int:
+    from pifa_compile.hf import export
+    from pifa_compile.hf.folder import new_folder
+    from pifa_compile.importing import import_pairs
+
+    new_folder(options.out)
+    _quiet()
+    model = options.model or options.source
+    report = import_pairs(
+        options.source, options.model, pattern=options.pattern, dtype=_dtype(options.dtype),
+        allow_pickle=options.allow_pickle,
+    )  # fmt: skip
+    out = export(report.model, options.out, source=model if Path(model).is_dir() else None)
+    _show(options, {"path": str(out)} | report.to_json(), f"{report}\n{out}: README.md says how to load it")
+    return DONE
+
+
 _LOADERS = {
     "pt2": "load it with torch.export.load(...).module()",
     "aoti": "load it with torch._inductor.aoti_load_package(...)",
@@ -541,6 +558,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
     export.add_argument("--max-shard-size", help="of one file of weights, for hf (default: 50GB)")
     _store(export)
+
+    text = "make factors of the low-rank pairs that another method left in a checkpoint, and export them"
+    foreign = _command(commands, "import", _import, text)
+    foreign.add_argument("source", metavar="SOURCE", help="folder or file of safetensors with two weights for a layer")
+    foreign.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    foreign.add_argument("--model", help="directory or Hugging Face id of the dense model (default: SOURCE)")
+    pattern = "svd-llm, asvd, sequential, or names like '{layer}.first,{layer}.second', the half that is applied first "
+    pattern += "before the other; {parent}, {name} and {stem} (without _proj) are of its name (default: what fits)"
+    foreign.add_argument("--pattern", help=pattern)
+    foreign.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the config says")
+    pickle = "read the tensors of a pickled state dict too, and nothing else of it"
+    foreign.add_argument("--allow-pickle", action="store_true", help=pickle)
 
     _command(commands, "env", _env, "versions, devices and places, for a bug report")
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from pifa_compile.checkpoint import checkpoint_files, read_into
+from pifa_compile.checkpoint import checkpoint_files, read_into, tensors_of
 from pifa_compile.digest import digest_many
 from pifa_compile.errors import InputError, NoRunError
 from pifa_compile.factors import Factors
@@ -136,7 +136,9 @@ def load(
         factors, module = own.factors(record, wanted, torch.device(device)), model.get_submodule(name)
         _set_module(model, names[id(module)], _factored(module, layers[name], factors, record.rows_of(given[name])))
     dense = {f"{name}.weight": (name, digests) for name, (_, digests) in records.items()}
-    read_into(model, checkpoint_files(source), device, lambda key, t: _check(*dense[key], t, verify), skip=set(dense))
+    files = checkpoint_files(source)
+    shown = files[0].parent
+    read_into(model, tensors_of(files), shown, device, lambda key, t: _check(*dense[key], t, verify), skip=set(dense))
     return model.to(device).eval()
 
 
@@ -157,7 +159,9 @@ def empty_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {source}: {str(error).strip().splitlines()[0]}") from error
-    architecture = (config.architectures or ["AutoModel"])[0]
+    if not config.architectures:
+        raise InputError(f"the config of {source} names no architecture; write architectures into its config.json")
+    architecture = config.architectures[0]
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise InputError(f"{source}: this transformers release has no class {architecture}")
@@ -229,6 +233,11 @@ def _tell(refused: dict[str, str]) -> None:
         name, reason = next(iter(refused.items()))
         others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         log.warning("%s%s stays dense in the prepared model: %s", name, others, reason)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let a module take the place of another, under all the names that the model has for that one."""
+    _set_module(model, _names(model)[id(model.get_submodule(name))], module)
 
 
 def _set_module(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:

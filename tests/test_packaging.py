@@ -32,6 +32,7 @@ ROOMS = (
         "pifa_compile.verification",
     },
     {"pifa_compile.hf"},
+    {"pifa_compile.importing"},
     {"pifa_compile.prepare", "pifa_compile.checkpoint", "pifa_compile.program"},
     {"pifa_compile.dryrun"},
     {"pifa_compile.backend"},
