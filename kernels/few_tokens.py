@@ -22,13 +22,14 @@ KINDS = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "F
 SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None) -> Tensor"
 
 
-#: More than that it serves nowhere, so that nothing need be compiled to know.
-LIMIT = 16
+#: More than that it serves nowhere, so that nothing need be compiled to know. Where Inductor packs the weights for its
+#: library (``freezing``) that is faster earlier: 16 tokens, float32, as in cpu/few_tokens.cpp, 1.4 ms against 1.8.
+LIMIT, LIMIT_PACKED = 16, 4
 
 
-def serves(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether this is the fastest form for so many tokens on this processor."""
-    return 0 < tokens <= LIMIT and tokens <= most_tokens(dtype)
+def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
+    """Whether this is the fastest form for so many tokens on this processor; ``packed``: against packed weights."""
+    return 0 < tokens <= (LIMIT_PACKED if packed else LIMIT) and tokens <= most_tokens(dtype)
 
 
 @functools.cache

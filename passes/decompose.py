@@ -39,8 +39,8 @@ from pifa_compile.passes.replace import Buffers, output_dtype
 #: that two layers have in common, see ``fold.py``.
 FEW_RUNS = 4
 
-#: Features of all tokens together from which merging pays for the call that it takes: 12 us.
-MERGED = 1 << 15
+#: Features of all tokens together from which merging pays for a call that is not fused with anything.
+MERGED = 1 << 17
 
 #: Sizes of aligned groups of output rows, largest first, that are gathered as one.
 GROUPS = (32, 16, 8)
@@ -63,15 +63,16 @@ def decompose(gm: fx.GraphModule, context: Context) -> PassResult:
 
 
 class CpuBuffers(Buffers):
-    """Buffers of a graph on CPU, which knows whether it may call kernels of ours.
+    """Buffers of a graph on CPU, which knows whether it may call kernels of ours, and whether weights will be packed.
 
-    These have no gradients and no rules for torch.func, and ``inner="eager"`` is to run without a compiler.
+    The kernels have no gradients and no rules for torch.func, and ``inner="eager"`` is to run without a compiler.
     """
 
     def __init__(self, gm: fx.GraphModule, context: Context) -> None:
         super().__init__(gm)
         plain = not torch.is_grad_enabled() and not _torch.transforms_functions(gm.graph)
         self.kernels = plain and context.settings.inner != "eager"
+        self.packed = bool(context.settings.inductor.get("freezing"))
 
 
 def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
@@ -80,7 +81,7 @@ def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
     if not buffers.kernels or not isinstance(factors, PifaFactors) or tokens is None:
         return False
     plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
-    return plain and few_tokens.serves(tokens, factors.dtype)
+    return plain and few_tokens.serves(tokens, factors.dtype, packed=buffers.packed)
 
 
 def _tokens(x: fx.Node) -> int | None:

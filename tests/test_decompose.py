@@ -130,12 +130,20 @@ def test_many_features_are_merged(dtype, relative, applied):
     if not merge.available(dtype):
         pytest.skip(f"no instructions for {dtype} here")
     made, bias = free_layer(dtype=dtype), torch.randn(256).to(dtype)
-    x = torch.randn(2, 64, 192).to(dtype)
+    x = torch.randn(2, 256, 192).to(dtype)
     y, found = compiled_with(PifaLinear(made, bias), x)
     assert found == ["pifa::merge"]
     assert relative(y, applied(made, x) + bias.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
     y, found = compiled_with(PifaLinear(free_layer()), torch.randn(17, 192))
     assert found == []  # too little to pay for a call
+
+
+def test_packed_weights_win_with_fewer_tokens(relative, applied):
+    made = free_layer()
+    for tokens, names in ((1, ["pifa::few_tokens"] if most_tokens(torch.float32) else []), (5, [])):
+        x = torch.randn(tokens, 192)
+        y, found = compiled_with(PifaLinear(made), x, freezing=True)
+        assert found == names and relative(y, applied(made, x)) < 1e-6
 
 
 def test_an_unknown_number_of_tokens_is_never_few(relative, applied):
@@ -146,7 +154,7 @@ def test_an_unknown_number_of_tokens_is_never_few(relative, applied):
 
 
 def test_kernels_without_gradients_stay_out_of_graphs_with_them(relative, applied):
-    made, x = free_layer(), torch.randn(2, 64, 192, requires_grad=True)
+    made, x = free_layer(), torch.randn(2, 256, 192, requires_grad=True)
     for given in (x, x[:, :1]):
         y, found = compiled_with(PifaLinear(made), given, grad=True)
         assert found == [] and relative(y.detach(), applied(made, given.detach())) < 1e-6
