@@ -168,6 +168,8 @@ def _inspect(options: argparse.Namespace) -> int:
         raise OptionError("--sort is the order of the layers of one run; name the run")
     if options.html and options.run is None:
         raise OptionError("--html is the page of one run; name the run")
+    if options.plot and options.run is None:
+        raise OptionError("--plot is the picture of one run; name the run")
     store = Store(options.store)
     try:
         with warnings.catch_warnings(record=True) as unreadable:
@@ -190,6 +192,11 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.html is not None:
         facts["page"] = str(_run_page(store, runs[0], options.html))
         lines.append(f"page: {options.html}")
+    if options.plot is not None:
+        from pifa_compile.run_plot import plot_run
+
+        facts["plot"] = str(plot_run(runs[0], options.plot))
+        lines.append(f"plot: {options.plot}")
     lines += [f"store: {store.root}", *(f"problem: {p}" for p in problems)]
     if options.verify and not problems:
         lines.append("verified: every object is whole and fits its record")
@@ -491,6 +498,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--verify", action="store_true", help=verify)
     page = "write the run as a page to look at, with what eval measured of this model's runs"
     inspect.add_argument("--html", type=Path, metavar="FILE", help=page)
+    picture = "draw what each layer keeps and what it costs into a file .png, .svg or .pdf (extra: plot)"
+    inspect.add_argument("--plot", type=Path, metavar="FILE", help=picture)
     _store(inspect)
 
     diff = _command(commands, "diff", _diff, "what differs between two runs: recipes, layers, totals")

@@ -47,6 +47,7 @@ ROOMS = (
         "pifa_compile.machine",
         "pifa_compile.reports",
         "pifa_compile.run_page",
+        "pifa_compile.run_plot",
         "pifa_compile.selection",
         "pifa_compile.staleness",
     },
