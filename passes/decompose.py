@@ -1,5 +1,7 @@
 """On CPU, spell ``pifa::linear`` out in the graph, or have a kernel of ours do all of it.
 
+What is written here are calls of functions: AOTAutograd keeps no graph with a method of a node of unknown value.
+
     before   y = pifa::linear(x, pivot_rows, coefficients, row_order, bias)
     after    y_p = linear(x, pivot_rows); y_np = linear(y_p, coefficients)
              y = pifa::merge(y_p, y_np, blocks) + bias
@@ -129,13 +131,16 @@ def _mixed(
     graph: fx.Graph, given: tuple[fx.Node, fx.Node, fx.Node], factors: PifaFactors, dtype: torch.dtype
 ) -> tuple[fx.Node, fx.Node]:
     """y_p and y_np where y_p is kept in float32 and rounded to the coefficients' own dtype, as the operator does."""
+    def as_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+
     linear = _torch.linear_function()
-    x, pivot_rows, coefficients = (graph.call_method("float", (node,)) for node in given)
+    x, pivot_rows, coefficients = (as_dtype(node, torch.float32) for node in given)
     accumulated = graph.call_function(linear, (x, pivot_rows))
     scaled = graph.call_function(torch.mul, (accumulated, factors.y_scale))
-    rounded = graph.call_method("float", (graph.call_method("to", (scaled, factors.coefficients.dtype)),))
+    rounded = as_dtype(as_dtype(scaled, factors.coefficients.dtype), torch.float32)
     y_np = graph.call_function(torch.div, (graph.call_function(linear, (rounded, coefficients)), factors.y_scale))
-    return graph.call_method("to", (accumulated, dtype)), graph.call_method("to", (y_np, dtype))
+    return as_dtype(accumulated, dtype), as_dtype(y_np, dtype)
 
 
 # --- the output in its order -----------------------------------------------------------------------------------------
@@ -232,9 +237,9 @@ def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: in
         y = _side_by_side(graph, [rows.y_p] if positions.shape[0] == rows.r else [rows.y_p, rows.y_np])
         if group > 1:
             groups = buffers.get((positions[::group] // group).contiguous(), "group_order")
-            y = graph.call_method("unflatten", (y, -1, (-1, group)))
+            y = graph.call_function(torch.unflatten, (y, -1, (-1, group)))
             y = graph.call_function(torch.index_select, (y, -2, groups))
-            y = graph.call_method("flatten", (y, -2))
+            y = graph.call_function(torch.flatten, (y, -2))
         elif dimensions is not None:
             index = [None] * (dimensions - 1) + [buffers.get(positions, "gather_order")]
             y = graph.call_function(_torch.unchecked_index(), (y, index))

@@ -116,9 +116,9 @@ def _times(graph: fx.Graph, part: fx.Node, coefficients: fx.Node, x: fx.Node) ->
     linear = _torch.linear_function()
     if not isinstance(value, Tensor) or value.dim() < 3:
         return graph.call_function(linear, (part, coefficients))
-    flat = graph.call_function(linear, (graph.call_method("flatten", (part, 0, -2)), coefficients))
+    flat = graph.call_function(linear, (graph.call_function(torch.flatten, (part, 0, -2)), coefficients))
     lead = [size if type(size) is int else graph.call_method("size", (x, i)) for i, size in enumerate(value.shape[:-1])]
-    return graph.call_method("view", (flat, *lead, -1))
+    return graph.call_function(torch.reshape, (flat, (*lead, -1)))
 
 
 def _unstack(parts: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:

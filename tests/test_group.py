@@ -65,6 +65,19 @@ def test_siblings_share_their_first_product(shape, bias, relative):
     for one, other in zip(found, wanted, strict=True):
         assert relative(one, other) < 1e-6
         assert one.is_contiguous()
+    # AOTAutograd keeps no graph with a method of a node whose value it does not know.
+    methods = [n for n in gm.graph.nodes if n.op == "call_method"]
+    assert all("example_value" in n.args[0].meta for n in methods)
+
+
+def test_parts_of_a_first_product_are_multiplied_as_matrices(relative):
+    model, x = Siblings(), torch.randn(2, 3, 24)
+    wanted = compressed(model)(x.double())
+    (found,), (gm,) = run(model, x, dynamic=True)
+    flat = [n for n in linears(gm) if n.args[0].target is torch.flatten]
+    assert len(flat) == 3  # ATen multiplies a slice with more dimensions batch by batch
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 1e-6
 
 
 def test_ranks_may_differ_and_layers_without_siblings_stay_apart(relative):
