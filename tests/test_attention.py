@@ -101,7 +101,7 @@ def test_sizes_that_change(store):
     assert counters["pifa"]["replaced"] == 2
 
 
-def test_dropout_and_gradients_stay(store):
+def test_dropout_and_gradients_stay(store, relative):
     """Frozen weights in training: the same numbers are dropped, and inputs get the same gradient."""
     model = compressed(Attention(lambda a, x, s: a(x, x, x)[0], dropout=0.5)).train().requires_grad_(False)
     x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
@@ -110,7 +110,7 @@ def test_dropout_and_gradients_stay(store):
     for call in (model, compiled):
         torch.manual_seed(3)
         gradients.append(torch.autograd.grad(call(x, x).square().sum(), x)[0])
-    assert torch.allclose(*gradients, atol=1e-4)
+    assert relative(*gradients[::-1]) < 1e-5
     assert counters["pifa"]["replaced"] == 2
 
 
