@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
+# Files of tests side by side, each in one process: compiling, which most of them do, keeps one core busy.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test test-long coverage lint clean
 
 demo: $(READY)
 	$(BIN)/pifa demo
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 test-long: lint
 	$(BIN)/pytest

@@ -24,13 +24,13 @@ def plot_run(run: Run, out: Path) -> Path:
     """
     if out.suffix not in ENDINGS:
         raise InputError(f"cannot draw {out}: its name must end in {', '.join(ENDINGS)}")
+    kinds, blocks, found = cells(run)
+    if not found:
+        raise InputError(f"run {run.run_id} has no layers in numbered blocks, which a picture is made of")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("plots need matplotlib: pip install 'pifa-compile[plot]'") from error
-    kinds, blocks, found = cells(run)
-    if not found:
-        raise InputError(f"run {run.run_id} has no layers in numbered blocks, which a picture is made of")
     height = 1.4 + 0.45 * len(kinds)
     figure = Figure(figsize=(max(7.0, 2.6 + 0.8 * len(blocks)), height + 3), layout="constrained")
     above, below = figure.subplots(2, height_ratios=(height, 3))
@@ -45,10 +45,11 @@ def cells(run: Run) -> tuple[list[str], list[str], dict[tuple[str, str], LayerRe
     found: dict[tuple[str, str], LayerRecord] = {}
     for record in run.layers:
         for name, _ in record.layers:
-            number = re.search(r"\.(\d+)\.", f".{name}")
+            path = f".{name}"  # a name may begin with the number
+            number = re.search(r"\.(\d+)\.", path)
             if number is not None:
-                kind = name[number.end() - 1 :]
-                block = f"{name[: number.start()].rpartition('.')[2]} {number[1]}".strip()
+                kind = path[number.end() :]
+                block = f"{path[: number.start()].rpartition('.')[2]} {number[1]}".strip()
                 found[kind, block] = record
     kinds = list(dict.fromkeys(kind for kind, _ in found))
     blocks = sorted({block for _, block in found}, key=lambda b: (b.split()[:-1], int(b.split()[-1])))

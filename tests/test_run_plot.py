@@ -29,8 +29,8 @@ def run_of(model, recipe, store):
 def test_cells_are_kinds_and_blocks(store):
     run = run_of(Blocks(), Svd(density=0.6, rank_multiple=1), store)
     kinds, blocks, found = cells(run)
-    assert kinds == [".up", ".down"] and blocks == ["blocks 0", "blocks 1"] and len(found) == 4
-    assert found[".up", "blocks 1"].name == "blocks.1.up"
+    assert kinds == ["up", "down"] and blocks == ["blocks 0", "blocks 1"] and len(found) == 4
+    assert found["up", "blocks 1"].name == "blocks.1.up"
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
