@@ -440,4 +440,4 @@ def test_an_interrupted_command_writes_what_was_reached(pifa, language_folder, t
     assert "the start, since no state was better" in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr("pifa_compile.tuning.train", lambda *_: interrupt(None, None))
     code, printed, err = pifa(language_folder, "--out", tmp_path / "other", "--loss", "lm")
-    assert (code, printed) == (1, "") and err.endswith("pifa: error: interrupted; the model was not written\n")
+    assert (code, printed) == (130, "") and err.endswith("pifa: error: interrupted; the model was not written\n")
