@@ -7,9 +7,9 @@
 // tokens while they are in its registers, and writes where they belong. Threads meet once, between the products.
 //
 // 2048 x 2048, r = 1024, weights from memory, two threads (Xeon with AMX and AVX-512 BF16), ms a layer, N = 1 / 4 / 16:
-// bfloat16 0.41 / 0.65 / 1.64 (a dense layer of oneDNN 0.80 / 0.82 / 0.85, two of its products and a gather 0.79 / 0.86 /
-// 1.05); float32 0.67 / 0.58 / 1.25 (dense 0.87 / 1.41 / 2.01, two products 0.70 / 0.98 / 1.75); float16 0.44 / 0.70 /
-// 1.51 (dense 0.98 / 1.46 / 1.57, two products 0.87 / 1.40 / 1.67). Tokens packed chunk by chunk: no difference.
+// bfloat16 0.47 / 0.65 / 1.48 (a dense layer of oneDNN 0.79 / 0.67 / 0.70, two of its products and a gather 0.85 / 0.67 /
+// 0.85); float32 0.72 / 0.80 / 1.39 (dense 0.83 / 1.52 / 1.85, two products 0.68 / 1.16 / 1.52); float16 0.43 / 0.76 /
+// 1.95 (dense 0.88 / 1.24 / 1.92, two products 0.71 / 1.21 / 1.88). Tokens packed chunk by chunk: no difference.
 #include "numbers.h"
 
 #ifdef __clang__
