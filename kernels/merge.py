@@ -16,15 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pifa_compile import _torch
 from pifa_compile.kernels import native
 
 SCHEMA = "(Tensor y_p, Tensor y_np, Tensor blocks) -> Tensor"
 BLOCK = 32  # features
 
+#: What the kernel needs for numbers of so many bytes, as Linux names it.
+INSTRUCTIONS = {2: "avx512_vbmi2", 4: "avx512f"}
+
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether this processor has the instructions for numbers of this size."""
-    return _kernel(dtype.itemsize) is not None
+    """Whether this processor has the instructions for numbers of this size. Has the kernel compiled meanwhile."""
+    needed = INSTRUCTIONS.get(dtype.itemsize)
+    found = needed is not None and needed in _torch.cpu_instructions()
+    if found:
+        native.begin("merge")
+    return found
 
 
 def blocks_of(positions: Tensor, r: int) -> Tensor | None:
@@ -52,20 +60,29 @@ def _kernel(size: int) -> Callable[..., None] | None:
 def _merge(y_p: Tensor, y_np: Tensor, blocks: Tensor) -> Tensor:
     r, others = y_p.shape[-1], y_np.shape[-1]
     m = r + others
-    kernel = _kernel(y_p.element_size())
-    torch._check(kernel is not None, lambda: f"pifa::merge cannot be had for {y_p.dtype} on this processor")
     torch._check(
         y_p.dtype == y_np.dtype and y_p.shape[:-1] == y_np.shape[:-1] and blocks.shape == (-(-m // BLOCK), 2),
         lambda: f"pifa::merge: parts {tuple(y_p.shape)} of {y_p.dtype} and {tuple(y_np.shape)} of {y_np.dtype} and "
         f"{blocks.shape[0]} blocks do not fit each other",
     )
+    kernel = _kernel(y_p.element_size())
+    if kernel is None:
+        return _gathered(y_p, y_np, blocks)
     first, second = (_as_rows(part) for part in (y_p, y_np))
     y = y_p.new_empty((*y_p.shape[:-1], m))
-    kernel(  # type: ignore[misc]
+    kernel(
         first.data_ptr(), second.data_ptr(), blocks.data_ptr(), y.data_ptr(),
         first.shape[0], m, first.stride(0), second.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def _gathered(y_p: Tensor, y_np: Tensor, blocks: Tensor) -> Tensor:
+    """The same without the kernel: slower, for numbers or compilers that it cannot be had for."""
+    r, m = y_p.shape[-1], y_p.shape[-1] + y_np.shape[-1]
+    pivots = ((blocks[:, :1].to(torch.int64) >> torch.arange(BLOCK)) & 1).flatten()[:m].bool()
+    places = torch.where(pivots, pivots.cumsum(0) - 1, r + (~pivots).cumsum(0) - 1)
+    return torch.cat([y_p, y_np], -1).index_select(-1, places)
 
 
 def _as_rows(part: Tensor) -> Tensor:

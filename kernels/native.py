@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,28 @@ SOURCES = Path(__file__).parent / "cpu"
 
 
 @functools.cache
+def begin(name: str, kind: str = "") -> Future[ctypes.CDLL | None]:
+    """Have ``library(name, kind)`` compiled by a thread: a cold compilation of a graph has another core to spare."""
+    return _COMPILER.submit(_compiled, name, kind)
+
+
 def library(name: str, kind: str = "") -> ctypes.CDLL | None:
     """The compiled library of ``cpu/<name>.cpp``; None, and one line in the log, where it cannot be compiled.
 
     kind  what KIND stands for in the source
     """
+    return begin(name, kind).result()
+
+
+def _compiled(name: str, kind: str) -> ctypes.CDLL | None:
     try:
         return _torch.compile_cpp(_whole(name, kind))
     except Exception as error:  # compilers fail in many ways, and whatever it was, there is a slower form
         log.warning("kernels/cpu/%s.cpp cannot be compiled, layers take slower forms: %s", name, error)
         return None
+
+
+_COMPILER = ThreadPoolExecutor(1, "pifa-cpp")
 
 
 def function(

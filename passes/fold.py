@@ -254,11 +254,14 @@ def _sort_rows(sites: Sequence[LinearSite], buffers: Buffers) -> None:
     def others_back(t: Tensor) -> Tensor:
         return t[torch.argsort(others)][:, torch.argsort(pivots)].contiguous()
 
+    def others_in_order() -> Tensor:  # by index_select: a third of the time of indexing
+        return old[1].index_select(1, pivots).index_select(0, others)
+
     old = factors.pivot_rows, factors.coefficients
     factors = replace(
         factors,
         pivot_rows=moved("pivots in order", old[0], lambda: old[0][pivots], lambda t: t[torch.argsort(pivots)]),
-        coefficients=moved("others in order", old[1], lambda: old[1][others][:, pivots].contiguous(), others_back),
+        coefficients=moved("others in order", old[1], others_in_order, others_back),
         row_order=moved("rows in order", place, lambda: torch.cat([place[:r][pivots], place[r:][others]])),
     )
     for site in sites:

@@ -21,7 +21,7 @@ autocast x and the factors are cast to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -90,11 +90,13 @@ class Buffers:
         self._gm = gm
         ours = ((n, t) for n, t in gm.named_buffers(remove_duplicate=False) if n.startswith("pifa_"))
         self._names = {id(t): name for name, t in ours}  # also those of passes before this one
+        self._numbers = count(len(self._names))
 
     def get(self, tensor: Tensor, label: str) -> fx.Node:
         """A get_attr node of the tensor, at the graph's current insertion point."""
         if id(tensor) not in self._names:
-            name = f"pifa_{label}_{sum(1 for n, _ in self._gm.named_buffers() if n.startswith('pifa_'))}"
+            names = (f"pifa_{label}_{number}" for number in self._numbers)
+            name = next(name for name in names if not hasattr(self._gm, name))
             self._gm.register_buffer(name, tensor)
             _torch.name_lifted_buffer(self._gm, name)
             self._names[id(tensor)] = name

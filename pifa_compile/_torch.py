@@ -68,6 +68,17 @@ def compile_cpp(source: str) -> ctypes.CDLL:
     return compiled
 
 
+@functools.cache
+def cpu_instructions() -> frozenset[str]:
+    """The sets of instructions of this processor, as Linux names them (``avx512f``); none where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
+
+
 def freezing(on: bool) -> AbstractContextManager[Any]:
     """Have Inductor take parameters as constants, and pack them, or not; what is compiled inside is what it says."""
     from torch._inductor import config
