@@ -16,13 +16,28 @@ if [[ " $* " != *" --device cpu "* ]]; then
         exit 0
     fi
 fi
+if ! "$PYTHON" -c 'import triton'; then
+    echo "bench/gpu.sh: $PYTHON finds no triton, without which nothing compiles for a GPU; nothing was tested or measured."
+    exit 1
+fi
+results=bench/results
+for ((i = 1; i < $#; i++)); do
+    [[ ${!i} != --results ]] || { next=$((i + 1)); results=${!next}; }
+done
+mkdir -p "$results" || exit 1
+elapsed() { echo $(($(date +%s) - started)); }
+
 failed=0
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    timeout 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
-    code=$?
+    # The log is kept: the rows below would push it out of the end of a console that is cut off.
+    timeout --kill-after=5 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 |
+        tee "$results/gpu-tests.txt"
+    code=${PIPESTATUS[0]}
     [[ $code == 0 || $code == 5 ]] || failed=$code
 else
     echo "bench/gpu.sh: no pytest here; the GPU tests were not run."
 fi
-"$PYTHON" -m bench.gpu.run --seconds $((490 - ($(date +%s) - started))) "$@" || failed=$?
+# A step may take longer than it says, and begins while there is time: what hangs or drags ends here. The rows so far
+# are on disk, since they are written after each step.
+timeout --kill-after=5 $((530 - $(elapsed))) "$PYTHON" -m bench.gpu.run --seconds $((490 - $(elapsed))) "$@" || failed=$?
 exit "$failed"
