@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes: the tests marked `gpu`, then the benchmarks, the rows that matter
-# most first. Results go to bench/results/<device>/. Wants a source tree and $PYTHON with torch; installs nothing.
+# most first. Results go to bench/results/<device>/. Wants a source tree and $PYTHON with
+# what pyproject.toml names; installs nothing.
 #
 #   PYTHON=python3.12 bench/gpu.sh                      on a machine with a CUDA device
 #   bench/gpu.sh --device cpu --tiny --results /tmp/x   a rehearsal of every step, on small sizes
@@ -16,8 +17,12 @@ if [[ " $* " != *" --device cpu "* ]]; then
         exit 0
     fi
 fi
-if ! "$PYTHON" -c 'import triton'; then
-    echo "bench/gpu.sh: $PYTHON finds no triton, without which nothing compiles for a GPU; nothing was tested or measured."
+# What is imported on the way to the first row: told by name, before minutes are spent.
+missing=$("$PYTHON" -c 'import importlib.util
+names = "triton", "numpy", "scipy", "sympy", "jinja2", "safetensors", "filelock", "tqdm", "tabulate"
+print(*(name for name in names if importlib.util.find_spec(name) is None))')
+if [[ -n $missing ]]; then
+    echo "bench/gpu.sh: $PYTHON has no $missing; nothing was tested or measured."
     exit 1
 fi
 results=bench/results
