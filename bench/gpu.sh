@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes: the tests marked `gpu`, then the benchmarks, the rows that matter
-# most first. Results go to bench/results/<device>/. Wants a source tree and $PYTHON with torch; installs nothing.
+# most first. Results go to bench/results/<device>/. Wants a source tree and $PYTHON with
+# what pyproject.toml names; installs nothing.
 #
 #   PYTHON=python3.12 bench/gpu.sh                      on a machine with a CUDA device
 #   bench/gpu.sh --device cpu --tiny --results /tmp/x   a rehearsal of every step, on small sizes
@@ -16,13 +17,32 @@ if [[ " $* " != *" --device cpu "* ]]; then
         exit 0
     fi
 fi
+# What is imported on the way to the first row: told by name, before minutes are spent.
+missing=$("$PYTHON" -c 'import importlib.util
+names = "triton", "numpy", "scipy", "sympy", "jinja2", "safetensors", "filelock", "tqdm", "tabulate"
+print(*(name for name in names if importlib.util.find_spec(name) is None))')
+if [[ -n $missing ]]; then
+    echo "bench/gpu.sh: $PYTHON has no $missing; nothing was tested or measured."
+    exit 1
+fi
+results=bench/results
+for ((i = 1; i < $#; i++)); do
+    [[ ${!i} != --results ]] || { next=$((i + 1)); results=${!next}; }
+done
+mkdir -p "$results" || exit 1
+elapsed() { echo $(($(date +%s) - started)); }
+
 failed=0
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    timeout 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
-    code=$?
+    # The log is kept: the rows below would push it out of the end of a console that is cut off.
+    timeout --kill-after=5 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 |
+        tee "$results/gpu-tests.txt"
+    code=${PIPESTATUS[0]}
     [[ $code == 0 || $code == 5 ]] || failed=$code
 else
     echo "bench/gpu.sh: no pytest here; the GPU tests were not run."
 fi
-"$PYTHON" -m bench.gpu.run --seconds $((490 - ($(date +%s) - started))) "$@" || failed=$?
+# A step may take longer than it says, and begins while there is time: what hangs or drags ends here. The rows so far
+# are on disk, since they are written after each step.
+timeout --kill-after=5 $((530 - $(elapsed))) "$PYTHON" -m bench.gpu.run --seconds $((490 - $(elapsed))) "$@" || failed=$?
 exit "$failed"

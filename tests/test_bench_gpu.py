@@ -25,7 +25,7 @@ def rehearsal(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     done = run("--device", "cpu", "--tiny", "--results", results)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (folder,) = results.iterdir()
+    (folder,) = (path for path in results.iterdir() if path.is_dir())
     return folder
 
 

@@ -82,25 +82,25 @@ lowering.register()
 table = tile_tables.table_for(torch.cuda.get_device_name())
 always = tile_tables.Span(("float16", "bfloat16", "float32"), 1, None)
 forced = replace(table, forms=(tile_tables.FormRow("relay", always, (0.0, 1.0), ""),), untried=())
-for dtypes in ((torch.float16,), (torch.bfloat16,), (torch.bfloat16, torch.float16)):
-    for tokens, (m, n, r) in zip((1, 5, 16), SHAPES):
-        torch.compiler.reset()
-        p, c, order = factors(m, n, r, *dtypes)
-        twice = lambda x: linear(x, p, c, order, None, 0.5) + linear(2 * x, p, c, order, None, 0.5)
-        compiled = torch.compile(twice, fullgraph=True)
-        with tile_tables.use_table(forced), config.patch(force_disable_caches=True), torch.no_grad():
-            for _ in range(100):
-                x = torch.randn(tokens, n, device="cuda").to(dtypes[0])
-                y, exact = compiled(x), 3 * oracle(x, p, c, order)
-                error = float((y.double() - exact).norm() / exact.norm())
-                assert error < BOUNDS[dtypes[0]], (dtypes, tokens, m, n, r, error)
+kinds = ((torch.float16,), (torch.bfloat16,), (torch.bfloat16, torch.float16))
+for dtypes, tokens, (m, n, r) in zip(kinds, (1, 5, 16), SHAPES):
+    torch.compiler.reset()
+    p, c, order = factors(m, n, r, *dtypes)
+    twice = lambda x: linear(x, p, c, order, None, 0.5) + linear(2 * x, p, c, order, None, 0.5)
+    compiled = torch.compile(twice, fullgraph=True)
+    with tile_tables.use_table(forced), config.patch(force_disable_caches=True), torch.no_grad():
+        for _ in range(100):
+            x = torch.randn(tokens, n, device="cuda").to(dtypes[0])
+            y, exact = compiled(x), 3 * oracle(x, p, c, order)
+            error = float((y.double() - exact).norm() / exact.norm())
+            assert error < BOUNDS[dtypes[0]], (dtypes, tokens, m, n, r, error)
 print("right")
 """
 
 
 def test_the_relay_is_right_and_ends():
     """In a process of its own: were its programs to wait for each other for ever, only that one would hang."""
-    done = subprocess.run([sys.executable, "-c", RELAY], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", RELAY], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["right"]
 
@@ -119,15 +119,6 @@ def test_float32_is_exact_where_tf32_is_not_allowed(in_form, relative):
             assert relative(y, oracle(x, p, c, order)) < BOUNDS[torch.float32]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-def test_max_autotune_measures_and_stays_right(relative):
-    lowering.register()
-    p, c, order = factors(1024, 2048, 1008, torch.bfloat16)
-    x = torch.randn(256, 2048, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        y = torch.compile(linear, fullgraph=True, options={"max_autotune": True})(x, p, c, order)
-    assert relative(y, oracle(x, p, c, order)) < BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
@@ -153,3 +144,12 @@ def test_dynamic_token_counts_share_one_compilation(relative):
             x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
             exact = oracle(x, layer.pivot_rows, layer.coefficients, layer.row_order)
             assert relative(compiled(x), exact) < BOUNDS[torch.bfloat16]
+
+
+def test_max_autotune_measures_and_stays_right(relative):
+    lowering.register()
+    p, c, order = factors(1024, 2048, 1008, torch.bfloat16)
+    x = torch.randn(256, 2048, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = torch.compile(linear, fullgraph=True, options={"max_autotune": True})(x, p, c, order)
+    assert relative(y, oracle(x, p, c, order)) < BOUNDS[torch.bfloat16]
