@@ -522,7 +522,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--store", action="append", type=Path, help=place)
 
     training = _command(commands, "tune", _tune, "train the factors of a model for a short while, and export it")
-    training.set_defaults(interrupted="the model was not written")
+    training.set_defaults(interrupted=_NOT_WRITTEN)
     _model(training)
     training.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     text = "text to train on; its end is held out, to judge by"
@@ -555,6 +555,7 @@ def _parser() -> argparse.ArgumentParser:
     _store(check)
 
     export = _command(commands, "export", _export, "write a model with the factors of a run, to share and to load")
+    export.set_defaults(interrupted=_NOT_WRITTEN)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty; a file NAME.pt2")
     export.add_argument("--model", required=True, help="directory or Hugging Face id of the dense model")
     formats = "hf: a folder for from_pretrained (default); pt2: a program of torch.export, which runs without this "
@@ -570,6 +571,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "make factors of the low-rank pairs that another method left in a checkpoint, and export them"
     foreign = _command(commands, "import", _import, text)
+    foreign.set_defaults(interrupted=_NOT_WRITTEN)
     foreign.add_argument("source", metavar="SOURCE", help="folder or file of safetensors with two weights for a layer")
     foreign.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     foreign.add_argument("--model", help="directory or Hugging Face id of the dense model (default: SOURCE)")
@@ -610,6 +612,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _Command = Callable[[argparse.Namespace], int]
+_NOT_WRITTEN = "the model was not written"
 _GOES_ON = "layers that were finished are kept, and the same command goes on from there"
 
 
