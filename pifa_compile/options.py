@@ -32,6 +32,8 @@ class Settings:
     dump        directory for graph dumps (PIFA_DUMP)
     inner       "inductor", or "eager" to stop after the graph passes (PIFA_INNER)
     staleness   a weight changed after compilation: "check" (dense, then recompiled), "error", "off" (PIFA_STALENESS)
+    damaged     an object of the run is not what was written, or missing: "error" names what mends it, "recompute" makes
+                it again where it follows from the weights and inputs at hand (PIFA_DAMAGED)
     inductor    every other key: settings of Inductor, from ``mode`` and ``options``
     """
 
@@ -46,6 +48,7 @@ class Settings:
     dump: Path | None = None
     inner: str = "inductor"
     staleness: str = "check"
+    damaged: str = "error"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -170,6 +173,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "dump": _path,
     "inner": _one_of("inductor", "eager"),
     "staleness": _one_of("check", "error", "off"),
+    "damaged": _one_of("error", "recompute"),
 }
 _VARIABLES = {key: "PIFA_CACHE_DIR" if key == "store" else f"PIFA_{key.upper()}" for key in _PARSERS}
 assert set(_PARSERS) | {"inductor"} == {f.name for f in fields(Settings)}

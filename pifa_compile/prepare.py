@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pifa_compile.checkpoint import checkpoint_files, read_into, tensors_of
+from pifa_compile.compression.mend import Mender, damage
 from pifa_compile.digest import digest_many
-from pifa_compile.errors import InputError, NoRunError
+from pifa_compile.errors import DamagedError, InputError, NoRunError
 from pifa_compile.factors import Factors
 from pifa_compile.layers import LinearWeight, held_weights, linear_weights
 from pifa_compile.modules import FactoredLinear, PairLinear, PifaLinear, as_parameters, factored_module
@@ -41,17 +42,20 @@ def apply_(
     method: str | None = None,
     store: StorePath = None,
     trainable: bool = False,
+    damaged: str | None = None,
 ) -> nn.Module:
     """Replace the linear layers of a model, in place, by the factors of one run; returns the model.
 
     run, density, method   which run of the store, as in the backend's options; the only one that fits by default
     trainable              whether the factors require gradients
+    damaged                "error" or "recompute": what becomes of factors that are not what was written, as in the
+                           backend's options
 
     Weights are recognised by content. Raises NoRunError if no run fits, AmbiguousRunError if several do, and
     DamagedError for factors that are not what was written. After an error the model is as it was; until all factors are
     read, it holds its dense weights beside them.
     """
-    apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable)
+    apply_run_(model, run=run, density=density, method=method, store=store, trainable=trainable, damaged=damaged)
     return model
 
 
@@ -63,9 +67,10 @@ def apply_run_(
     method: str | None = None,
     store: StorePath = None,
     trainable: bool = False,
+    damaged: str | None = None,
 ) -> Run:
     """As ``apply_``; returns the run that was chosen."""
-    opened, settings = _store_and_settings(store, run, density, method)
+    opened, settings = _store_and_settings(store, run, density, method, damaged)
     weights = [w for w in linear_weights(model) if w.reason is None]
     digests = digest_many([w.parameter.detach() for w in weights])
     chosen = choose_run(opened, digests, settings)
@@ -74,6 +79,7 @@ def apply_run_(
     check_shapes(chosen, ((d, w.layout, w.shape) for w, d in zip(weights, digests, strict=True)))
     by_parameter = {id(w.parameter): (w, d) for w, d in zip(weights, digests, strict=True)}
     own, names = _Own(opened, trainable), _names(model)
+    mender = Mender(opened, chosen, settings.damaged, dict(zip(digests, weights, strict=True)))
     refused: dict[str, str] = {}
     replacements: list[tuple[list[str], nn.Module]] = []  # all are made before one is set
     for name, module in model.named_modules():
@@ -83,7 +89,8 @@ def apply_run_(
             if (reason := why_not(model, name)) is not None:
                 refused[name] = reason
                 continue
-            factors = own.factors(record, weight.parameter.dtype, weight.parameter.device)
+            place = weight.parameter.dtype, weight.parameter.device
+            factors = mender.factors(record, own.factors, *place)
             made = _factored(module, weight, factors, record.rows_of(digest), trainable)
             replacements.append((names[id(module)], made.train(module.training)))
     held = [w for w in held_weights(model) if w.reason is None]
@@ -94,7 +101,8 @@ def apply_run_(
     for places, replacement in replacements:
         _set_module(model, places, replacement)
     _tell(refused)
-    return chosen
+    mender.tell()
+    return mender.run
 
 
 def load(
@@ -133,7 +141,11 @@ def load(
     records = {name: found for name, found in records.items() if name not in refused}
     own, names = _Own(opened), _names(model)
     for name, (record, _) in records.items():
-        factors, module = own.factors(record, wanted, torch.device(device)), model.get_submodule(name)
+        module = model.get_submodule(name)
+        try:
+            factors = own.factors(record, wanted, torch.device(device))
+        except DamagedError as error:
+            raise damage(opened, chosen, error, "load has no dense weights to make it again from") from error
         _set_module(model, names[id(module)], _factored(module, layers[name], factors, record.rows_of(given[name])))
     dense = {f"{name}.weight": (name, digests) for name, (_, digests) in records.items()}
     files = checkpoint_files(source)
@@ -172,9 +184,9 @@ def empty_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None
 
 
 def _store_and_settings(
-    store: StorePath, run: str | None, density: float | None, method: str | None
+    store: StorePath, run: str | None, density: float | None, method: str | None, damaged: str | None
 ) -> tuple[Store, Settings]:
-    given = {"run": run, "density": density, "method": method}
+    given = {"run": run, "density": density, "method": method, "damaged": damaged}
     settings = resolve(None, {key: value for key, value in given.items() if value is not None})
     return (Store(settings.store) if store is None else _open(store)), settings
 

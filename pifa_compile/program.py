@@ -6,6 +6,7 @@ Factored layers are exported as what they are, two linear functions and a gather
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -51,10 +52,15 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str], *, comp
     if out.suffix != ".pt2" or out.exists():
         raise InputError(f"{out} is there already; name a new file" if out.exists() else f"{out} must end in .pt2")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if compiled:
-        _torch.compile_package(program, out)
-    else:
-        torch.export.save(program, out)
+    new = out.with_name(f".{uuid.uuid4().hex}{out.suffix}")
+    try:
+        if compiled:
+            _torch.compile_package(program, new)
+        else:
+            torch.export.save(program, new)
+        new.replace(out)  # whole or not at all
+    finally:
+        new.unlink(missing_ok=True)
     return out
 
 

@@ -13,7 +13,7 @@ def test_defaults(monkeypatch):
     monkeypatch.delenv("PIFA_CACHE_DIR")
     assert resolve() == resolve(None, {}) == Settings()
     set_to = {f.name: getattr(Settings(), f.name) for f in fields(Settings)}
-    words = {"inner": "inductor", "staleness": "check"}
+    words = {"inner": "inductor", "staleness": "check", "damaged": "error"}
     assert {name: value for name, value in set_to.items() if value} == words, "every other feature is off by default"
 
 
@@ -30,6 +30,7 @@ def test_defaults(monkeypatch):
         ("dump", "PIFA_DUMP", "/a/b", Path("/a/b"), "c", Path("c")),
         ("inner", "PIFA_INNER", "eager", "eager", "inductor", "inductor"),
         ("staleness", "PIFA_STALENESS", "error", "error", "off", "off"),
+        ("damaged", "PIFA_DAMAGED", "recompute", "recompute", "error", "error"),
     ],
 )
 def test_an_argument_overrules_the_environment_which_overrules_the_default(
@@ -149,6 +150,9 @@ def test_an_unknown_mode_is_refused(settings):
     [
         ({"density": 1.5}, "option density=1.5: density is 1.5; it is the fraction of parameters that is kept"),
         ({"density": 1}, "leave the density out"),
+        ({"density": 0}, "density is 0; it is the fraction of parameters that is kept, a number above 0 and below 1"),
+        ({"density": float("nan")}, "density is nan"),
+        ({"density": True}, "density is True"),
         ({"density": "half"}, "option density='half': density is 'half'"),
         ({"density": "1"}, "leave the density out"),
         ({"density": "nan"}, "density is nan"),
@@ -166,6 +170,7 @@ def test_an_unknown_mode_is_refused(settings):
         ({"allow_grad": 2}, "give True or False"),
         ({"inner": "aot_eager"}, "give 'inductor' or 'eager'"),
         ({"staleness": True}, "give 'check', 'error' or 'off'"),
+        ({"damaged": "ignore"}, "option damaged='ignore': give 'error' or 'recompute'"),
     ],
 )
 def test_an_impossible_value_is_refused(options, problem):

@@ -85,19 +85,43 @@ def compress_first_call(
     moments of gradients and ACTIVATION_BYTES of intermediate results; a log line says how much it is. Raises
     WeightError naming the layer if a weight is not finite.
     """
-    first = {site.weight: site for site in reversed(sites)}
-    found = [LinearWeight(s.name, s.parameter, s.layout) for s in first.values() if s.parameter is not None]
     with torch.inference_mode(False), torch.no_grad():
-        layers = distinct_layers(found[::-1], recipe)
-        header = run_header(recipe, layers, model, None, {"source": "first call", "digest": graph.digest()})
-        header = replace(header, run_id=run_id(recipe, [layer.identity for layer in layers]))
+        layers = first_call_layers(sites, recipe)
+        header = first_call_header(graph, layers, recipe, model)
         while True:
             try:
-                with store.write_run(header) as writer:
-                    return _write(graph, sites, layers, recipe, store, writer, progress)
+                return go_on_with_first_call(graph, sites, layers, recipe, store, header, progress=progress)
             except RunMismatchError:
                 if (run := _finished(store, header)) is not None:
                     return run
+
+
+def first_call_layers(sites: Sites, recipe: FirstCall) -> list[Layer]:
+    """The distinct layers of the sites, in order."""
+    first = {site.weight: site for site in reversed(sites)}
+    found = [LinearWeight(s.name, s.parameter, s.layout) for s in first.values() if s.parameter is not None]
+    return distinct_layers(found[::-1], recipe)
+
+
+def first_call_header(graph: CapturedGraph, layers: Sequence[Layer], recipe: FirstCall, model: str) -> RunHeader:
+    """The header of the run of these layers. Its id is that of their weights and the recipe, whatever the inputs."""
+    header = run_header(recipe, layers, model, None, {"source": "first call", "digest": graph.digest()})
+    return replace(header, run_id=run_id(recipe, [layer.identity for layer in layers]))
+
+
+def go_on_with_first_call(
+    graph: CapturedGraph,
+    sites: Sites,
+    layers: Sequence[Layer],
+    recipe: FirstCall,
+    store: Store,
+    header: RunHeader,
+    *,
+    progress: bool = True,
+) -> Run:
+    """Make what is missing, or damaged, of the run. Raises RunMismatchError if it was begun on other inputs."""
+    with store.write_run(header) as writer:
+        return _write(graph, sites, layers, recipe, store, writer, progress)
 
 
 def _finished(store: Store, header: RunHeader) -> Run | None:
@@ -184,12 +208,12 @@ class _Walk:
         self._weigh(layers, observed)
         for index, part in enumerate(parts):
             observed = self._observe(part) if index else observed
-            with _exact():
+            with exact():
                 self._price(observed)
         ranks = _ranks(self.recipe, layers, self.tails)
         for part in parts:
             observed = self._observe(part) if len(parts) > 1 else observed
-            with _exact():
+            with exact():
                 self._factor(observed, ranks)
 
     def _readers(self, layers: Sequence[Layer]) -> list[_Reader]:
@@ -230,7 +254,7 @@ class _Walk:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"pifa: all layers get one density, because the graph has no gradients: {text}", stacklevel=2)
             return
-        with _exact():
+        with exact():
             for layer, moments in zip(layers, gradients, strict=True):
                 mean = None if moments is None else moments.mean()
                 if mean is not None and 0 < float(mean.sum() if mean.dim() == 1 else mean.trace()) < math.inf:
@@ -328,7 +352,7 @@ def _warn_of_few(layers: Sequence[Layer], tokens: int) -> None:
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """No autocast: what is computed here is computed in the dtype it is written in."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

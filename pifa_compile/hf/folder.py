@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +71,34 @@ def export(
     config.tuned = config.tuned if tuned is None else dict(tuned)
     companions = _companions(source)  # before anything is written: a name may be wrong
     attach(model, config)
-    model.config.auto_map = auto_map(model)
-    try:
-        # The names that this release has, not those of older checkpoints: layers are found by them.
-        model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
-    finally:
-        del model.config.auto_map
-    (out / f"{MODULE}.py").write_text(TEXT, encoding="utf-8")
-    for path, name in companions:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / name)
     card = model_card(model, forms, source, run, config.recipe, config.tuned)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    model.config.auto_map = auto_map(model)
+    with whole_or_nothing(out) as new:
+        try:
+            # The names that this release has, not those of older checkpoints: layers are found by them.
+            model.save_pretrained(new, max_shard_size=max_shard_size, save_original_format=False)
+        finally:
+            del model.config.auto_map
+        (new / f"{MODULE}.py").write_text(TEXT, encoding="utf-8")
+        for path, name in companions:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, new / name)
+        (new / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, which takes its place at the end and is removed where that is not reached."""
+    place = out.resolve()  # an empty folder that a link leads to is filled where it is
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    new.mkdir()
+    try:
+        yield new
+        new.replace(place)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
