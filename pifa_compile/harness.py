@@ -86,7 +86,7 @@ class _Tests:
         from lm_eval.tasks import TaskManager
 
         self._tokenizer, self._batch, self._limit = tokenizer, how.batch, limit
-        manager = TaskManager()
+        self._manager = manager = TaskManager()  # reading its index takes long: once
         known = [PERPLEXITY, *manager.all_tasks]
         for task in tasks:
             if task not in known and not (task.endswith((".yaml", ".yml")) and Path(task).is_file()):
@@ -130,7 +130,12 @@ class _Tests:
 
         lm = HarnessModel(pretrained=model, tokenizer=copy.deepcopy(self._tokenizer), batch_size=self._batch)
         tasks = [task for made in self._tasks for task in made["tasks"].values()]
-        given = {"limit": self._limit, "bootstrap_iters": 1000, "log_samples": False}
+        given: dict[str, Any] = {
+            "limit": self._limit,
+            "bootstrap_iters": 1000,
+            "log_samples": False,
+            "task_manager": self._manager,
+        }
         found = simple_evaluate(lm, tasks=tasks, **given)["results"]
         names = {label: key for key, label in self._labels.items()}
         return {task: _figures(found[names.get(task, task)]) for task in self.protocol}
