@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_compile.errors import DamagedError, InputError, OptionError, PifaError, RecipeError
+from pifa_compile.plain_json import plain_json
 
 DONE, FAILED, USAGE, UNVERIFIED = range(4)
 INTERRUPTED = 128 + 2  # as shells have it: 128 and the number of SIGINT
@@ -92,7 +93,7 @@ def _say(line: str) -> None:
 
 
 def _show(options: argparse.Namespace, data: Any, text: object) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False) if options.json else _plain(text))
+    print(plain_json(data) if options.json else _plain(text))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -228,22 +229,41 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from pifa_compile.loading import load_model
-    from pifa_compile.quality import Reading, evaluate, find_runs, keep_figures
+    from pifa_compile.quality import Reading, evaluate, find_runs, is_factored, keep_figures
     from pifa_compile.store import Store
     from pifa_compile.texts import STANDARD_LIBRARY, read_text, standard_library_docstrings
 
+    if options.limit is not None and options.tasks is None:
+        raise OptionError("--limit is of the documents of --tasks; --windows bounds what is read of a text")
     stores = [Store(place) for place in options.store or [None]]
     texts = {str(place): read_text(place) for place in options.text or []}
     _quiet()
-    model, tokenizer = load_model(options.model, _dtype(options.dtype))
-    runs = find_runs(model.to(_device(options.device)), stores, options.run or [])
-    if not runs:
+    place, dtype = _device(options.device), _dtype(options.dtype)
+    model, tokenizer = load_model(options.model, dtype)
+    dense = None if options.dense is None else load_model(options.dense, dtype, need_tokenizer=False)[0].to(place)
+    if dense is not None and (is_factored(dense) or not is_factored(model)):
+        wrong = options.dense if is_factored(dense) else options.model
+        raise OptionError(f"--dense names the dense model beside one that has its factors; see {wrong}")
+    model, base = model.to(place), model if dense is None else dense
+    if is_factored(base) and options.run:
+        raise OptionError(f"{options.model} has its factors already; leave out --run, or name the model with --dense")
+    runs = find_runs(base, stores, options.run or [])
+    if is_factored(base):
+        _warn(f"{options.model} has its factors already; --dense MODEL compares it with the dense model and its runs")
+    elif not runs:
         places = ", ".join(str(store.root) for store in stores)
         _warn(f"no run in {places} was made of this model; only the dense one is measured")
     reading = Reading(options.windows, options.length, options.batch, options.bos)
     texts = texts or {STANDARD_LIBRARY: "\n\n".join(standard_library_docstrings())}
-    found = evaluate(model, tokenizer, runs, texts, reading=reading, name=options.model)
-    keep_figures(found, runs, texts, model)
+    given: dict[str, Any] = {"reading": reading, "name": options.model, "dense": dense}
+    if options.tasks is None:
+        found = evaluate(model, tokenizer, runs, texts, **given)
+    else:
+        from pifa_compile.harness import evaluate_tasks
+
+        found = evaluate_tasks(model, tokenizer, runs, options.tasks, texts, limit=options.limit, **given)
+        texts = {label: texts.get(label, f"{label}: {how}") for label, how in found.protocol.items()}
+    keep_figures(found, runs, texts, base)
     _show(options, found.to_json(), found)
     return DONE
 
@@ -343,7 +363,8 @@ def _import(options: argparse.Namespace) -> int:
         options.source, options.model, pattern=options.pattern, dtype=_dtype(options.dtype),
         allow_pickle=options.allow_pickle,
     )  # fmt: skip
-    out = export(report.model, options.out, source=model if Path(model).is_dir() else None)
+    out = export(report.model, options.out, source=model if Path(model).is_dir() else None,
+                 imported=report.origin())  # fmt: skip
     _show(options, {"path": str(out)} | report.to_json(), f"{report}\n{out}: README.md says how to load it")
     return DONE
 
@@ -514,6 +535,12 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--run", action="append", help=which_run)
     text = "text file, UTF-8; may be repeated (default: docstrings of the standard library)"
     quality.add_argument("--text", action="append", type=_source, metavar="FILE", help=f"{text}; {_DATASET}")
+    tasks = "tasks of lm-eval with commas between them, or files of theirs (.yaml), on the compiled model (extra: "
+    tasks += "eval); perplexity is that of --text"
+    quality.add_argument("--tasks", type=_names, metavar="A,B", help=tasks)
+    quality.add_argument("--limit", type=_count, metavar="N", help="documents of a task at most (default: all)")
+    dense = "the dense model, where MODEL is a folder that `pifa export` wrote: both, and its runs, in one table"
+    quality.add_argument("--dense", metavar="MODEL", help=dense)
     quality.add_argument("--windows", type=_count, default=256, help="windows, or sentences, at most (default: 256)")
     quality.add_argument("--length", type=_count, help="tokens in a window (default: 256), or in a sentence (64)")
     quality.add_argument("--batch", type=_count, default=8, help="windows or sentences in one call (default: 8)")
@@ -620,7 +647,7 @@ _GOES_ON = "layers that were finished are kept, and the same command goes on fro
 
 def _command(commands: Any, name: str, function: _Command, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON (a number that is not finite as a string)")
     parser.set_defaults(command=function, interrupted=_NOTHING)
     return parser
 
@@ -643,6 +670,13 @@ def _source(word: str) -> Path | str:
     from pifa_compile.texts import names_dataset
 
     return word if names_dataset(word) else Path(word)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names with commas between them")
+    return names
 
 
 def _count(text: str) -> int:

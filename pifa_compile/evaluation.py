@@ -52,7 +52,15 @@ def next_tokens(model: Callable[..., Any], windows: Tensor, batch: int = 8) -> N
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         total += float(loss)
         choices.append(logits.argmax(-1))
-    return NextTokens(math.exp(total / windows[:, 1:].numel()), torch.cat(choices))
+    return NextTokens(perplexity_of(total / windows[:, 1:].numel()), torch.cat(choices))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats; infinite where it is larger than any float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def perplexity(model: Callable[..., Any], windows: Tensor, batch: int = 8) -> float:

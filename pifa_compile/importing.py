@@ -42,14 +42,25 @@ _COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_i
 
 @dataclass
 class ImportReport:
-    """What became of a checkpoint: the prepared model, and a row per layer that had a pair."""
+    """What became of a checkpoint: the prepared model, and a row per layer that had a pair.
+
+    source   the checkpoint's base name; where it lay says nothing elsewhere
+    formats  keys of FORMATS, or patterns, that its pairs are named by
+    """
 
     model: nn.Module
     rows: list[dict[str, Any]] = field(default_factory=list)
+    source: str = ""
+    formats: list[str] = field(default_factory=list)
+
+    def origin(self) -> dict[str, Any]:
+        """For ``export``: the checkpoint, its formats, and the inner size and error of every pair."""
+        layers = {row["name"]: {"inner": row["inner"], "error": row["error"]} for row in self.rows}
+        return {"source": self.source, "formats": self.formats, "layers": layers}
 
     def to_json(self) -> dict[str, Any]:
         """The rows, and their numbers together."""
-        return {"layers": self.rows, **self._totals()}
+        return {"source": self.source, "formats": self.formats, "layers": self.rows, **self._totals()}
 
     def _totals(self) -> dict[str, int]:
         return {key: sum(row[key] for row in self.rows) for key in ("numbers_dense", "numbers_pair", "numbers")}
@@ -94,7 +105,9 @@ def import_pairs(
         known = ", ".join(f"{name} ({text})" for name, text in FORMATS.items())
         tried = f"the pattern {pattern!r}" if pattern else f"any known format: {known}"
         raise InputError(f"{shown} has no pair of weights for a linear layer of {type(made).__name__} by {tried}")
-    report = ImportReport(made)
+    named = "a state dict" if isinstance(source, Mapping) else Path(source).expanduser().resolve().name
+    formats = sorted({_format_name(pair.pattern) for pair in pairs.values()})
+    report = ImportReport(made, source=named, formats=formats)
     for place in places:
         if place.name in pairs:
             report.rows.append(_replace(made, place, pairs[place.name], tensors, wanted, device))
@@ -182,10 +195,11 @@ def _read_rest(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The names of the two halves, without ``.weight`` and ``.bias``."""
+    """The names of the two halves, without ``.weight`` and ``.bias``, and the pattern that found them."""
 
     first: str
     second: str
+    pattern: str
 
     def keys(self, tensors: Tensors) -> Iterator[str]:
         """All tensors that belong to the pair."""
@@ -214,7 +228,7 @@ def _find(place: LinearWeight, tensors: Tensors, patterns: list[str]) -> _Pair |
         first, second = (half.strip().format(**known).lstrip(".") for half in pattern.split(","))
         there = [f"{half}.weight" in tensors for half in (first, second)]
         if all(there):
-            found.append(_Pair(first, second))
+            found.append(_Pair(first, second, pattern))
         elif any(there) and not _is_dense(place, tensors):
             has, misses = (first, second) if there[0] else (second, first)
             raise InputError(f"{place.name}: the checkpoint has {has}.weight but no {misses}.weight")
@@ -228,6 +242,10 @@ def _find(place: LinearWeight, tensors: Tensors, patterns: list[str]) -> _Pair |
         names = " and ".join(f"{pair.first}, {pair.second}" for pair in found)
         raise InputError(f"{place.name}: the checkpoint has several pairs ({names}); name one as pattern")
     return found[0] if found else None
+
+
+def _format_name(pattern: str) -> str:
+    return next((name for name, text in FORMATS.items() if text == pattern), pattern)
 
 
 def _is_dense(place: LinearWeight, tensors: Tensors) -> bool:

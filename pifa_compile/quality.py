@@ -33,8 +33,11 @@ from pifa_compile.evaluation import (
     similarity,
     windows_of,
 )
+from pifa_compile.hf.layers import describe
+from pifa_compile.hf.size import size_of
 from pifa_compile.layers import linear_weights
 from pifa_compile.loading import is_causal
+from pifa_compile.modules import factored_layers
 from pifa_compile.prepare import apply_
 from pifa_compile.store import Evaluation, Run, Store
 
@@ -60,7 +63,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Variant:
-    """The dense model or one run.
+    """The model as it was given (dense, as a rule), or with one run.
 
     density        numbers kept over those of the replaced layers
     model_density  the same over the whole model
@@ -75,7 +78,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Quality:
-    """The dense model first, then every run; ``protocol`` says, by text, how it was read."""
+    """The dense model first, then every run; ``protocol`` says, by text, how it was read.
+
+    A model that has its factors already is never called dense: it comes last, after the dense one if that was named.
+    """
 
     model: str
     protocol: dict[str, str]
@@ -89,9 +95,10 @@ class Quality:
         texts = list(self.protocol)
         short = [Path(t).name for t in texts]
         titles = texts if len(set(short)) < len(short) else short
-        keys = list(self.variants[0].figures[texts[0]])
-        columns = [(text, key) for text in texts for key in keys]
-        heads = [f"{title}\n{key.replace('_', ' ')}" for title in titles for key in keys]
+        figures = self.variants[0].figures
+        columns = [(text, key) for text in texts for key in figures[text]]
+        heads = [f"{title}\n{key.replace('_', ' ')}" for text, title in zip(texts, titles, strict=True)
+                 for key in figures[text]]  # fmt: skip
         rows = [
             [v.name, f"{v.density:.4f}", f"{v.model_density:.4f}", *(f"{v.figures[t][k]:.4f}" for t, k in columns)]
             for v in self.variants
@@ -112,22 +119,56 @@ def evaluate(
     *,
     reading: Reading | None = None,
     name: str = "",
+    dense: nn.Module | None = None,
 ) -> Quality:
     """Measure a model on texts (by name), dense and with each run; nothing is compiled, the model stays as it is.
 
+    dense  the dense model, where ``model`` has its factors already (as a folder of ``export`` has); runs are of it
+
     Raises InputError for a run that does not know every linear weight of the model, and for a text that is too short.
     """
+    if dense is not None:
+        found = evaluate(dense, tokenizer, runs, texts, reading=reading, name=name)
+        tasks = {label: read_with(dense, tokenizer, text, reading or Reading()) for label, text in texts.items()}
+        found.variants.append(_row(model, {label: task.measure(model) for label, task in tasks.items()}))
+        return found
     for _, run in runs:
         if problem := misfit(run, model):
             raise InputError(f"{problem}; name another run, or compress this model first")
     how = reading or Reading()
     tasks = {label: read_with(model, tokenizer, text, how) for label, text in texts.items()}
-    variants = [Variant("dense", 1.0, 1.0, {label: task.dense for label, task in tasks.items()})]
+    variants = [_row(model, {label: task.dense for label, task in tasks.items()})]
+    if is_factored(model):  # compared with itself it says nothing
+        if not is_causal(model):
+            cure = "name that with dense= (--dense)"
+            raise InputError(f"this encoder has its factors already, and is measured against the dense one; {cure}")
+        for measured in variants[0].figures.values():
+            for key in set(measured) - {"perplexity"}:
+                del measured[key]
     for store, run in runs:
         variant = with_run(model, store, run)
         figures = {label: task.measure(variant) for label, task in tasks.items()}
-        variants.append(Variant(run.run_id, run.density, _model_density(run, model), figures))
+        variants.append(Variant(run.run_id, run.density, model_density(run, model), figures))
     return Quality(name or type(model).__name__, {label: task.protocol for label, task in tasks.items()}, variants)
+
+
+def is_factored(model: nn.Module) -> bool:
+    """Whether a model has factored layers of its own."""
+    return next(factored_layers(model), None) is not None
+
+
+def given_as(model: nn.Module) -> tuple[str, float, float]:
+    """What the model is called, its density, and that of the whole model: dense, or the run and what came after it."""
+    if not is_factored(model):
+        return "dense", 1.0, 1.0
+    known = getattr(getattr(model, "config", None), "quantization_config", None)
+    name = getattr(known, "run", None) or ("imported" if getattr(known, "imported", None) else "factored")
+    size = size_of(model, describe(model))
+    return name + (", tuned" if getattr(known, "tuned", None) else ""), size.density, size.model_density
+
+
+def _row(model: nn.Module, figures: dict[str, dict[str, float]]) -> Variant:
+    return Variant(*given_as(model), figures)
 
 
 def keep_figures(
@@ -138,7 +179,7 @@ def keep_figures(
     A figure that is not finite is left out: JSON has none.
     """
     now, dtype = datetime.now(UTC).isoformat(timespec="seconds"), _torch.dtype_name(next(model.parameters()).dtype)
-    for (store, run), variant in zip(runs, found.variants[1:], strict=True):
+    for (store, run), variant in zip(runs, found.variants[1 : len(runs) + 1], strict=True):
         for label, text in texts.items():
             evaluation = Evaluation(
                 run_id=run.run_id,
@@ -168,7 +209,7 @@ def find_runs(model: nn.Module, stores: Sequence[Store], wanted: Sequence[str] =
     stores that know every linear weight of the model. Raises UnknownRunError."""
     if wanted:
         return [_first(stores, run_id) for run_id in wanted]
-    digests = _digests(model)
+    digests = [] if is_factored(model) else _digests(model)
     known = [(store, run) for store in stores for run in store.runs() if run.complete]
     return [(store, run) for store, run in known if digests and all(d in run.by_digest for d in digests)]
 
@@ -202,7 +243,8 @@ def with_run(model: nn.Module, store: Store, run: Run) -> nn.Module:
     return apply_(copy.deepcopy(model, shared), run=run.run_id, store=store)
 
 
-def _model_density(run: Run, model: nn.Module) -> float:
+def model_density(run: Run, model: nn.Module) -> float:
+    """Numbers kept over those of the whole dense model."""
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     return 1 - sum(r.dense_numbers - r.numbers for r in run.layers if r.object is not None) / total
 
@@ -223,25 +265,30 @@ def read_with(model: nn.Module, tokenizer: Any, text: str, reading: Reading) -> 
     return (_Language if is_causal(model) else _Sentences)(model, tokenizer, text, reading)
 
 
+def windows_for(model: nn.Module, tokenizer: Any, text: str, how: Reading) -> tuple[Tensor, str]:
+    """The windows (count x length, int64) of a text for a causal model, and how it was read, in words."""
+    length = how.length or 256
+    check_length(model, length)
+    windows = windows_of(text, tokenizer, length - how.bos, how.windows)
+    if how.bos:
+        windows = _after_bos(windows, tokenizer)
+    first = "each beginning with the BOS token" if how.bos else "no BOS or other special token"
+    return windows, (
+        f"{len(windows)} windows of {length} tokens from its beginning, no overlap, {first}; "
+        f"{windows[:, 1:].numel()} tokens scored (the first of each window is not); {len(text):,} characters; "
+        f"{_words(tokenizer)}"
+    )
+
+
 class _Language:
     """Perplexity of windows of running text, and agreement with the dense model's choices."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, text: str, how: Reading) -> None:
-        length = how.length or 256
-        check_length(model, length)
-        windows = windows_of(text, tokenizer, length - how.bos, how.windows)
-        if how.bos:
-            windows = _after_bos(windows, tokenizer)
+        windows, self.protocol = windows_for(model, tokenizer, text, how)
         self._windows, self._batch = windows.to(_device(model)), how.batch
         found = next_tokens(model, self._windows, self._batch)
         self._choices = found.choices
         self.dense = {"perplexity": found.perplexity, "excess": 0.0, "same_top_1": 1.0}
-        first = "each beginning with the BOS token" if how.bos else "no BOS or other special token"
-        self.protocol = (
-            f"{len(windows)} windows of {length} tokens from its beginning, no overlap, {first}; "
-            f"{windows[:, 1:].numel()} tokens scored (the first of each window is not); {len(text):,} characters; "
-            f"{_words(tokenizer)}"
-        )
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Perplexity, what it is above the dense model's, and the share of positions with the same likeliest token."""

@@ -528,3 +528,31 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_folder_of_somebody_s(sour
 
 def dense_left(run):
     return sum(r.dense_numbers for r in run.layers if r.object is None)
+
+
+def test_the_card_of_an_imported_model_names_its_source_and_the_dense_model_s_licence(tmp_path, language_folder):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    dense, pairs = tmp_path / "dense", tmp_path / "private" / "pairs-of-mine"
+    shutil.copytree(language_folder, dense)
+    (dense / "README.md").write_text("---\nlicense: mit\nbase_model: someone/a-llama\n---\n# A model\n")
+    pairs.mkdir(parents=True)
+    tensors = load_file(dense / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    weight = tensors.pop(f"{name}.weight")
+    left, right = torch.randn(weight.shape[0], 8), torch.randn(8, weight.shape[1])
+    tensors |= {f"{name}.ALinear.weight": left, f"{name}.BLinear.weight": right}
+    save_file(tensors, pairs / "model.safetensors")
+    report = pifa_compile.import_pairs(pairs, dense)
+    out = pifa_compile.export(report.model, tmp_path / "out", source=dense, imported=report.origin())
+    card = (out / "README.md").read_text()
+    assert 'license: "mit"' in card and 'base_model: "someone/a-llama"' in card
+    assert "Pairs of the checkpoint pairs-of-mine, in the format asvd." in card
+    row = next(line for line in card.splitlines() if f"| {name} " in line)
+    assert [cell.strip() for cell in row.split("|")][4] == "8" and row.rstrip(" |").endswith("8")
+    files = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".py")]
+    assert files and all(str(tmp_path) not in path.read_text() for path in files)
+    again = type(report.model).from_pretrained(out)
+    assert again.config.quantization_config.imported["formats"] == ["asvd"]

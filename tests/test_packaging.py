@@ -26,6 +26,8 @@ ROOMS = (
     {
         "pifa_compile.bench",
         "pifa_compile.demo",
+        "pifa_compile.harness",
+        "pifa_compile.harness_model",
         "pifa_compile.layer_errors",
         "pifa_compile.quality",
         "pifa_compile.tuning",
@@ -57,7 +59,13 @@ ROOMS = (
     {"pifa_compile.pivoting"},
     {"pifa_compile.factors", "pifa_compile.digest", "pifa_compile.layers", "pifa_compile.substitution"},
     {"pifa_compile.evaluation", "pifa_compile.texts", "pifa_compile.loading"},
-    {"pifa_compile.errors", "pifa_compile._torch", "pifa_compile.fingerprint", "pifa_compile.pages"},
+    {
+        "pifa_compile.errors",
+        "pifa_compile._torch",
+        "pifa_compile.fingerprint",
+        "pifa_compile.pages",
+        "pifa_compile.plain_json",
+    },
 )
 
 # Underscored, but documented by torch as public.

@@ -203,3 +203,68 @@ def test_the_command_says_what_it_cannot_do(language_folder, tmp_path, capsys):
     assert "--device nowhere" in capsys.readouterr().err
     assert main(["eval", str(language_folder), "--text", str(tmp_path / "none")]) == 1
     assert "cannot read the text" in capsys.readouterr().err
+
+
+@pytest.fixture
+def exported(language_folder, store, runs, tmp_path):
+    model, _ = load_model(language_folder)
+    prepared = pifa_compile.apply_(model, run=runs[1].run_id, store=store)
+    return pifa_compile.export(prepared, tmp_path / "out", source=language_folder, run=runs[1])
+
+
+def test_an_exported_folder_is_called_by_its_run_and_not_dense(language_folder, exported, runs, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    words = ["--windows", "4", "--length", "16", "--text", str(text), "--json"]
+    assert main(["eval", str(exported), *words]) == 0
+    told = capsys.readouterr()
+    (alone,) = json.loads(told.out)["variants"]
+    assert alone["name"] == runs[1].run_id and set(alone["figures"][str(text)]) == {"perplexity"}
+    assert "has its factors already; --dense MODEL" in told.err
+    assert main(["eval", str(exported), "--dense", str(language_folder), *words]) == 0
+    dense, *by_run, folder = json.loads(capsys.readouterr().out)["variants"]
+    assert dense["name"] == "dense" and [v["name"] for v in by_run] == [r.run_id for r in runs]
+    for key in ("density", "model_density"):
+        assert folder[key] == alone[key] == pytest.approx(by_run[1][key])
+    assert folder["figures"][str(text)] == pytest.approx(by_run[1]["figures"][str(text)], rel=1e-4)
+    assert folder["figures"][str(text)]["perplexity"] == pytest.approx(alone["figures"][str(text)]["perplexity"])
+    assert [len(Store().evaluations(r.run_id)) for r in runs] == [1, 1]
+
+
+def test_what_dense_cannot_mean_is_refused(language_folder, exported, capsys):
+    for model, dense in ((language_folder, language_folder), (exported, exported)):
+        assert main(["eval", str(model), "--dense", str(dense)]) == 2
+        assert "--dense names the dense model" in capsys.readouterr().err
+    assert main(["eval", str(exported), "--run", "svd"]) == 2
+    assert "leave out --run" in capsys.readouterr().err
+
+
+def test_an_exported_encoder_is_measured_against_the_dense_one(encoder_folder, store, tmp_path, capsys):
+    model, _ = load_model(encoder_folder)
+    run = pifa_compile.compress(model, Svd(density=0.5, rank_multiple=1), store=store, progress=False).run
+    out = pifa_compile.export(pifa_compile.apply_(model), tmp_path / "out", source=encoder_folder, run=run)
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(f"Sentence number {i} of this short text." for i in range(9)))
+    assert main(["eval", str(out), "--text", str(text)]) == 1
+    assert "is measured against the dense one" in capsys.readouterr().err
+    assert main(["eval", str(out), "--dense", str(encoder_folder), "--text", str(text), "--json"]) == 0
+    _, by_run, folder = json.loads(capsys.readouterr().out)["variants"]
+    assert folder["figures"][str(text)] == pytest.approx(by_run["figures"][str(text)], abs=1e-4)
+
+
+def test_json_of_an_infinite_perplexity_is_json(language_folder, runs, tmp_path, capsys):
+    broken = load_model(language_folder)[0]
+    with torch.no_grad():
+        broken.lm_head.weight.mul_(1e30)
+    broken.save_pretrained(tmp_path / "broken")
+    load_model(language_folder)[1].save_pretrained(tmp_path / "broken")
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    words = ["eval", str(tmp_path / "broken"), "--windows", "4", "--length", "16", "--text", str(text), "--json"]
+    assert main(words) == 0
+
+    def refuse(word):
+        raise ValueError(word)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert {v["figures"][str(text)]["perplexity"] for v in found["variants"]} == {"Infinity"}

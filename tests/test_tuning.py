@@ -392,7 +392,7 @@ def test_the_command_writes_a_folder_that_loads_and_can_be_tuned_again(pifa, lan
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(loaded.model.layers[0].mlp.up_proj, PifaLinear)
     assert loaded.config.quantization_config.run == run_id
-    assert loaded.config.quantization_config.tuned["after"] == found["after"]
+    assert [told["after"] for told in loaded.config.quantization_config.tuned] == [found["after"]]
     card = (out / "README.md").read_text()
     assert "## How it was tuned" in card and "6 steps on" in card and "text.txt" in card and str(tmp_path) not in card
     figures = f"| perplexity | {found['before']['perplexity']:.4f} | {found['after']['perplexity']:.4f} |"
@@ -406,6 +406,10 @@ def test_the_command_writes_a_folder_that_loads_and_can_be_tuned_again(pifa, lan
     assert code == 0 and "6 of 6 steps (distill" in printed and "perplexity" in printed
     second = AutoModelForCausalLM.from_pretrained(again)
     assert second.config.quantization_config.run == run_id
+    assert second.config.quantization_config.tuned[0] == loaded.config.quantization_config.tuned[0]
+    assert len(second.config.quantization_config.tuned) == 2
+    card = (again / "README.md").read_text()
+    assert card.index("### Tuning 1") < card.index("### Tuning 2") and card.count("6 steps on") == 2
     assert not torch.equal(
         second.model.layers[0].mlp.up_proj.coefficients, loaded.model.layers[0].mlp.up_proj.coefficients
     )

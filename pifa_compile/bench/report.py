@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from tabulate import tabulate
 
 from pifa_compile.errors import InputError
 from pifa_compile.machine import device_name
+from pifa_compile.plain_json import plain_json
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write ``to_json`` to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        path.write_text(plain_json(self.to_json()) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         body = [[_cell(row.get(column)) for column in self.columns] for row in self.rows]

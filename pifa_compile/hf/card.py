@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from pifa_compile.hf.config import REQUIRES, LayerForm
+from pifa_compile.hf.size import numbers, size_of
 from pifa_compile.modules import FactoredLinear, factored_layers
 from pifa_compile.store import Run
 
@@ -23,21 +25,23 @@ def model_card(
     source: str | os.PathLike[str] | None,
     run: Run | None,
     recipe: Mapping[str, Any] | None,
-    tuned: Mapping[str, Any] | None = None,
+    tuned: Sequence[Mapping[str, Any]] = (),
+    imported: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of README.md. Figures are of this model; errors are there where the run says what they were, and the
-    factors were not trained since."""
+    """The text of README.md. Figures are of this model; errors are there where the run or the import says what they
+    were, and the factors were not trained since."""
     name, on_hub = _origin(source, run)
+    told = origin_metadata(source)
+    base = name if on_hub else told.pop("base_model", None)
+    if source is None and imported is not None:
+        name = str(imported["source"])
+    name = str(base or name)
     layers = dict(factored_layers(model))
-    dense = sum(layer.out_features * layer.in_features for layer in layers.values())
-    kept = sum(_numbers(layers[place], form) for place, form in forms.items())
-    pivots = sum(_pivots(layers[place], form) for place, form in forms.items())
-    every = sum(p.numel() for p in model.parameters()) + pivots
-    whole = every - kept + dense
+    size = size_of(model, forms)
     figures = tabulate(
         [
-            [f"the {len(layers)} compressed layers", f"{dense:,}", f"{kept:,}", f"{kept / dense:.4f}"],
-            ["the whole model", f"{whole:,}", f"{every:,}", f"{every / whole:.4f}"],
+            [f"the {len(layers)} compressed layers", f"{size.dense:,}", f"{size.kept:,}", f"{size.density:.4f}"],
+            ["the whole model", f"{size.whole_dense:,}", f"{size.whole_kept:,}", f"{size.model_density:.4f}"],
         ],
         ["numbers", "dense", "here", "kept"],
         "github",
@@ -45,25 +49,32 @@ def model_card(
         colalign=("left", "right", "right", "right"),
     )
     head = {"library_name": "transformers", "tags": ["pifa", "pifa-compile", "low-rank"]}
-    front = [f"{key}: {json.dumps(value)}" for key, value in (head | ({"base_model": name} if on_hub else {})).items()]
+    head |= ({"base_model": base} if base else {}) | told
+    front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
     parts = [
         "\n".join(["---", *front, "---"]),
         f"# {name.rsplit('/', 1)[-1]} in pivoting-factorization form",
-        _WHAT.format(name=name, maker=_maker()),
+        (_WHAT if imported is None else _IMPORTED).format(name=name, maker=_maker()),
         figures,
         _HOW.format(name=type(model).__name__, requires=REQUIRES),
     ]
     if recipe is not None:
         parts.append(_made(recipe, run))
-    if tuned is not None:
-        parts.append(_tuned(tuned))
-    trained = tuned is not None and tuned["best"]
-    parts += ["## Layers", _layers(layers, forms, None if trained else run)]
+    if imported is not None:
+        parts.append(_taken(imported))
+    if tuned:
+        parts.append("\n\n".join(["## How it was tuned", *_tunings(tuned)]))
+    trained = any(told["best"] for told in tuned)
+    parts += ["## Layers", _layers(layers, forms, None if trained else run, imported, trained)]
     return "\n\n".join(parts) + "\n"
 
 
 _WHAT = """{name}, its linear layers factored by {maker}: a weight of rank r is kept as r of its own rows and the
 coefficients that make the others from them ([Zhao et al., ICML 2025](https://arxiv.org/abs/2501.19090))."""
+
+_IMPORTED = """{name}, whose linear layers another method had made low-rank; {maker} turned their pairs of weights into
+factors: a weight of rank r is kept as r of its own rows and the coefficients that make the others from them
+([Zhao et al., ICML 2025](https://arxiv.org/abs/2501.19090))."""
 
 _HOW = """## Use
 
@@ -112,6 +123,58 @@ def _made(recipe: Mapping[str, Any], run: Run | None) -> str:
     return "\n\n".join(told)
 
 
+def origin_metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """``license`` and ``base_model`` as the dense model's folder says them, in its card or else in its config.
+
+    A name that is a path says nothing elsewhere and is left out.
+    """
+    folder = Path("" if source is None else source).expanduser()
+    if source is None or not folder.is_dir():
+        return {}
+    card, config = _front_matter(folder / "README.md"), _object(folder / "config.json")
+    found = {key: value for key in _LICENCE if (value := card.get(key) or config.get(key))}
+    base = card.get("base_model") or config.get("base_model") or config.get("_name_or_path")
+    if isinstance(base, str) and _HUB_ID.fullmatch(base):
+        found["base_model"] = base
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+#: What a card of the hub says of a licence.
+_LICENCE = ("license", "license_name", "license_link")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    try:
+        found = metadata_load(path)
+    except Exception:  # none, or none that can be read: YAML has errors of its own
+        return {}
+    return found or {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _taken(imported: Mapping[str, Any]) -> str:
+    """Which checkpoint the pairs are of, and how they were named there."""
+    told = f"Pairs of the checkpoint {imported['source']}, in the format {' and '.join(imported['formats'])}."
+    return f"## Where it comes from\n\n{told}"
+
+
+def _tunings(tuned: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tunings in their order, each with a heading where there are several."""
+    if len(tuned) == 1:
+        return [_tuned(tuned[0])]
+    return [f"### Tuning {number}\n\n{_tuned(told)}" for number, told in enumerate(tuned, 1)]
+
+
 def _tuned(tuned: Mapping[str, Any]) -> str:
     """What was trained on and what it gave."""
     how, before, after = tuned["tuning"], tuned["before"], tuned["after"]
@@ -123,39 +186,43 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
         f"{tuned['source']}; kept is {kept}. Judged by {tuned['held_out']} others from its end:"
     )
     table = tabulate(rows, ["held out", "before", "after"], "github", disable_numparse=True)
-    return f"## How it was tuned\n\n{told}\n\n{table}\n\n```json\n{json.dumps(dict(how), indent=1)}\n```"
+    return f"{told}\n\n{table}\n\n```json\n{json.dumps(dict(how), indent=1)}\n```"
 
 
-def _layers(layers: Mapping[str, FactoredLinear], forms: Mapping[str, LayerForm], run: Run | None) -> str:
+def _layers(
+    layers: Mapping[str, FactoredLinear],
+    forms: Mapping[str, LayerForm],
+    run: Run | None,
+    imported: Mapping[str, Any] | None,
+    trained: bool,
+) -> str:
     records = {} if run is None else run.by_name
+    pairs: Mapping[str, Any] = {} if imported is None else imported["layers"]
     rows = []
     for name, layer in layers.items():
         record = records.get(name)
-        errors = (None, None) if record is None else (record.truncation, record.error)
+        pair = pairs.get(name, {})
+        errors = (None, None if trained else pair.get("error")) if record is None else (record.truncation, record.error)
         size = layer.out_features, layer.in_features
         shared = ", ".join(f"{key} of {owner}" for key, owner in forms[name].shares.items())
         rows.append(
-            [name, f"{size[0]} x {size[1]}", forms[name].form, str(layer.rank), f"{_numbers(layer, forms[name]):,}"]
+            [name, f"{size[0]} x {size[1]}", forms[name].form, str(layer.rank), f"{numbers(layer, forms[name]):,}"]
             + [f"{e:.1e}" if e is not None else "" for e in errors]
             + [shared]
+            + ([str(pair.get("inner", ""))] if pairs else [])
         )
     headers = ["layer", "m x n", "form", "rank", "numbers", "truncation", "rounding", "shares"]
-    align = ("left", "left", "left", "right", "right", "right", "right", "left")
+    align = ["left"] * 3 + ["right"] * 4 + ["left"]
+    if pairs:
+        headers, align = [*headers, "of pair"], [*align, "right"]
     table = tabulate(rows, headers, "github", disable_numparse=True, colalign=align)
+    if pairs:
+        note = "The last column is the inner size of the pair in the checkpoint"
+        shown = "" if trained else "; rounding is the relative error (Frobenius) of the factors against the pair"
+        return f"{table}\n\n{note}{shown}."
     note = (
         "Errors are relative (Frobenius): truncation of the low-rank weight against the dense one, rounding of the "
         "stored factors against the low-rank weight; layers that share a factorization have those of the group. They "
         "are of weights and say little of the model's quality: measure that with `pifa eval`."
     )
     return table if run is None else f"{table}\n\n{note}"
-
-
-def _numbers(layer: FactoredLinear, form: LayerForm) -> int:
-    """Numbers that the layer keeps by itself: its matrices, and one per pivot for the row order; bias excluded."""
-    own = [getattr(layer, key) for key in form.tensors if key != "bias" and key not in form.shares]
-    numbers: int = sum(t.numel() for t in own if t.dim() == 2)
-    return numbers + _pivots(layer, form)
-
-
-def _pivots(layer: FactoredLinear, form: LayerForm) -> int:
-    return layer.rank if form.form == "pifa" and "pivot_rows" not in form.shares else 0

@@ -12,7 +12,7 @@ weight with an impossible shape each of them says that it does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -90,7 +90,9 @@ class PifaConfig(QuantizationConfigMixin):
     version  of this layout
     run      id of the compression run that the factors come from, if that is known
     recipe   its recipe, as JSON
-    tuned    how the factors were trained since then and what it gave, as ``TuningReport.to_json``; None: they were not
+    tuned    how the factors were trained since then and what it gave, each time, in order, as ``TuningReport.to_json``;
+             a single one may stand without a list
+    imported where pairs of another method come from, as ``ImportReport.origin`` tells it
 
     Raises InputError for what this release cannot read.
     """
@@ -102,7 +104,8 @@ class PifaConfig(QuantizationConfigMixin):
         version: int = VERSION,
         run: str | None = None,
         recipe: Mapping[str, Any] | None = None,
-        tuned: Mapping[str, Any] | None = None,
+        tuned: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        imported: Mapping[str, Any] | None = None,
         requires: str = REQUIRES,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -115,9 +118,13 @@ class PifaConfig(QuantizationConfigMixin):
         self.requires = requires
         self.run = run
         self.recipe = None if recipe is None else dict(recipe)
-        if tuned is not None and not _is_tuning(tuned):
+        given = () if tuned is None else [tuned] if isinstance(tuned, Mapping) else tuned
+        if not isinstance(given, list | tuple) or not all(_is_tuning(told) for told in given):
             raise config_error(f"what it says of tuning is {tuned!r}")
-        self.tuned = None if tuned is None else dict(tuned)
+        self.tuned = [dict(told) for told in given]
+        if imported is not None and not _is_import(imported):
+            raise config_error(f"what it says of an import is {imported!r}")
+        self.imported = None if imported is None else dict(imported)
         self.layers = {str(name): dict(data) for name, data in layers.items()}
         self.forms()
 
@@ -128,6 +135,21 @@ class PifaConfig(QuantizationConfigMixin):
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
+
+
+def _is_import(told: Any) -> bool:
+    """Whether something says a checkpoint's name, its formats, and of each layer the inner size and the error."""
+    if not isinstance(told, Mapping) or set(told) != {"source", "formats", "layers"}:
+        return False
+    formats, layers = told["formats"], told["layers"]
+    return (
+        isinstance(told["source"], str)
+        and isinstance(formats, list | tuple)
+        and all(isinstance(name, str) for name in formats)
+        and isinstance(layers, Mapping)
+        and all(isinstance(row, Mapping) and _is_count(row.get("inner")) for row in layers.values())
+        and all(isinstance(row.get("error"), float | int | None) for row in layers.values())
+    )
 
 
 def _is_tuning(told: Any) -> bool:

@@ -41,13 +41,16 @@ def export(
     source: str | os.PathLike[str] | None = None,
     run: Run | None = None,
     tuned: Mapping[str, Any] | None = None,
+    imported: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write a prepared transformers model, as ``apply_`` and ``load`` make them, to a new folder; returns its path.
 
     source          directory or Hugging Face id of the dense model, for its tokenizer and for the card
     run             the run that the factors come from, for the card: recipe, ranks, errors
-    tuned           what ``tune`` gave, as JSON, where the factors were trained: ``report.to_json()``
+    tuned           what ``tune`` gave, as JSON, where the factors were trained: ``report.to_json()``; it goes behind
+                    what the model's config says of earlier tunings
+    imported        where pairs of another method come from: ``report.origin()`` of ``import_pairs``
     max_shard_size  as in ``save_pretrained``
 
     ``from_pretrained`` loads the folder where pifa_compile is imported. From then on the model's own
@@ -68,10 +71,13 @@ def export(
     else:
         like = known if isinstance(known, PifaConfig) else PifaConfig({})
     config = config_of(forms, like=like)
-    config.tuned = config.tuned if tuned is None else dict(tuned)
+    if tuned is not None and config.tuned[-1:] != [dict(tuned)]:  # exported twice, it was still done once
+        config = PifaConfig(config.layers, run=config.run, recipe=config.recipe, tuned=[*config.tuned, tuned],
+                            imported=config.imported)  # fmt: skip
+    config.imported = config.imported if imported is None else dict(imported)
     companions = _companions(source)  # before anything is written: a name may be wrong
     attach(model, config)
-    card = model_card(model, forms, source, run, config.recipe, config.tuned)
+    card = model_card(model, forms, source, run, config.recipe, config.tuned, config.imported)
     model.config.auto_map = auto_map(model)
     with whole_or_nothing(out) as new:
         try:

@@ -119,7 +119,7 @@ class PifaQuantizer(HfQuantizer):
 def config_of(forms: Mapping[str, LayerForm], *, like: PifaConfig) -> PifaConfig:
     """The config of these layers, with the origin that another one names."""
     layers = {name: form.to_json() for name, form in forms.items()}
-    return PifaConfig(layers, run=like.run, recipe=like.recipe, tuned=like.tuned)
+    return PifaConfig(layers, run=like.run, recipe=like.recipe, tuned=like.tuned, imported=like.imported)
 
 
 def checkpoint_tensors(model: nn.Module, forms: Mapping[str, LayerForm]) -> dict[str, Tensor]:
