@@ -72,6 +72,7 @@ def pifa(
     context = make_context(settings, values, find, factor_pairs)
     dense = DenseGraph(gm)
     run_passes(gm, context)
+    held.clear()  # what refers to it refers to itself, and would live until the collector comes
     _tell(context)
     kept = gm.graph.find_nodes(op="placeholder")
     compiled = _compile_inner(gm, [values[node] for node in kept], settings)
