@@ -127,28 +127,25 @@ def evaluate(
 
     Raises InputError for a run that does not know every linear weight of the model, and for a text that is too short.
     """
-    if dense is not None:
-        found = evaluate(dense, tokenizer, runs, texts, reading=reading, name=name)
-        tasks = {label: read_with(dense, tokenizer, text, reading or Reading()) for label, text in texts.items()}
-        found.variants.append(_row(model, {label: task.measure(model) for label, task in tasks.items()}))
-        return found
+    base, how = dense or model, reading or Reading()
     for _, run in runs:
-        if problem := misfit(run, model):
+        if problem := misfit(run, base):
             raise InputError(f"{problem}; name another run, or compress this model first")
-    how = reading or Reading()
-    tasks = {label: read_with(model, tokenizer, text, how) for label, text in texts.items()}
-    variants = [_row(model, {label: task.dense for label, task in tasks.items()})]
-    if is_factored(model):  # compared with itself it says nothing
-        if not is_causal(model):
+    tasks = {label: read_with(base, tokenizer, text, how) for label, text in texts.items()}
+    variants = [_row(base, {label: task.dense for label, task in tasks.items()})]
+    if is_factored(base):  # compared with itself it says nothing
+        if not is_causal(base):
             cure = "name that with dense= (--dense)"
             raise InputError(f"this encoder has its factors already, and is measured against the dense one; {cure}")
         for measured in variants[0].figures.values():
             for key in set(measured) - {"perplexity"}:
                 del measured[key]
     for store, run in runs:
-        variant = with_run(model, store, run)
+        variant = with_run(base, store, run)
         figures = {label: task.measure(variant) for label, task in tasks.items()}
-        variants.append(Variant(run.run_id, run.density, model_density(run, model), figures))
+        variants.append(Variant(run.run_id, run.density, model_density(run, base), figures))
+    if dense is not None:
+        variants.append(_row(model, {label: task.measure(model) for label, task in tasks.items()}))
     return Quality(name or type(model).__name__, {label: task.protocol for label, task in tasks.items()}, variants)
 
 
