@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -20,16 +20,14 @@ from pifa_compile.store import Store
 
 #: Runs the command with an interrupt, as the terminal sends it to all its processes, at the n-th call of a function.
 PROGRAM = """
-import importlib, os, signal, sys
+import os, pkgutil, signal, sys
 place, count, *arguments = sys.argv[1:]
 module, name = place.split(":")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control has it ignored
 from pifa_compile import cli
 if module != "none":
-    owner = importlib.import_module(module)
-    *classes, name = name.split(".")
-    for each in classes:
-        owner = getattr(owner, each)
+    classes, _, name = name.rpartition(".")
+    owner = pkgutil.resolve_name(f"{module}:{classes}")
     function, calls = getattr(owner, name), [0]
     def interrupted(*args, **kwargs):
         calls[0] += 1
@@ -241,10 +239,8 @@ FIRST_CALL = [
 @pytest.mark.parametrize(("place", "count", "kept"), FIRST_CALL)
 def test_a_first_call_that_is_interrupted_says_so_and_the_next_goes_on(store, monkeypatch, place, count, kept):
     module, name = place.split(":")
-    owner = importlib.import_module(module)
-    *classes, name = name.split(".")
-    for each in classes:
-        owner = getattr(owner, each)
+    classes, _, name = name.rpartition(".")
+    owner = pkgutil.resolve_name(f"{module}:{classes}")
     function, calls = getattr(owner, name), []
 
     def signalled(*args, **kwargs):
