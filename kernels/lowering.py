@@ -34,29 +34,39 @@ def register() -> None:
 
 
 def lower_linear(
-    x: Any, pivot_rows: Any, coefficients: Any, row_order: Any, bias: Any = None, y_scale: float = 1.0
+    x: Any,
+    pivot_rows: Any,
+    coefficients: Any,
+    row_order: Any,
+    bias: Any = None,
+    y_scale: float = 1.0,
+    aligned: int = 1,
 ) -> Any:
     """Inductor IR of ``pifa::linear``; the arguments are TensorBoxes, x may have any number of leading dimensions."""
     call = inductor().call
     *lead, n = x.get_size()
     rows = call(aten.view, x, [math.prod(lead), n])
     seen = Call.of_ir(rows, pivot_rows, coefficients, row_order)
-    y = FORMS[form_for(seen)](rows, pivot_rows, coefficients, row_order, y_scale)
+    y = FORMS[form_for(seen)](rows, pivot_rows, coefficients, row_order, y_scale, aligned)
     y = call(aten.view, y, [*lead, row_order.get_size()[0]])
     return y if bias is None else call(aten.add, y, bias)
 
 
-def lower_to_tail(rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float) -> Any:
+def lower_to_tail(
+    rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float, aligned: int
+) -> Any:
     """y_p in the coefficients' dtype and scaled, then the whole of Y from it."""
     dtype = rows.get_dtype()
     if coefficients.get_dtype() == pivot_rows.get_dtype():
-        return tail.lower(_times_transposed(rows, pivot_rows), coefficients, row_order, dtype, 1.0)
+        return tail.lower(_times_transposed(rows, pivot_rows), coefficients, row_order, dtype, 1.0, aligned)
     y_p = _accumulated(rows, pivot_rows)
     scaled = _cast(inductor().call(aten.mul, y_p, y_scale), coefficients.get_dtype())
-    return tail.lower(scaled, coefficients, row_order, dtype, 1 / y_scale)
+    return tail.lower(scaled, coefficients, row_order, dtype, 1 / y_scale, aligned)
 
 
-def lower_to_gather(rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float) -> Any:
+def lower_to_gather(
+    rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float, aligned: int
+) -> Any:
     """Both products in their own order, and a gather that the consumer takes in."""
     dtype = rows.get_dtype()
     if coefficients.get_dtype() == pivot_rows.get_dtype():

@@ -1,6 +1,6 @@
 """The one operator in which every way of using the factors ends: ``pifa::linear``.
 
-    pifa::linear(x, pivot_rows, coefficients, row_order, bias=None, y_scale=1.0) -> y
+    pifa::linear(x, pivot_rows, coefficients, row_order, bias=None, y_scale=1.0, aligned=1) -> y
 
 m = out_features, n = in_features, r = rank, N = number of tokens (all leading dimensions of x together).
 
@@ -9,8 +9,9 @@ m = out_features, n = in_features, r = rank, N = number of tokens (all leading d
     y[..., row_order] = [y_p, y_np]; y += bias
 
 Where the coefficients have another dtype than x, y_p is accumulated in float32, multiplied by ``y_scale`` (a power of
-two), rounded to the coefficients' dtype, and the scale is undone in the output. The schema is frozen and carries no
-layout tag, so that a fused or transposed x costs no copy.
+two), rounded to the coefficients' dtype, and the scale is undone in the output. ``aligned`` promises kernels that the
+row order moves aligned groups of so many rows: r and m are multiples of it, and so is every ``row_order[aligned * i]``,
+which the next entries follow. The schema carries no layout tag, so that a fused or transposed x costs no copy.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCHEMA = (
-    "linear(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None, float y_scale=1.0)"
-    " -> Tensor"
+    "linear(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None, float y_scale=1.0,"
+    " int aligned=1) -> Tensor"
 )
 
 
@@ -51,6 +52,7 @@ def reference(
     row_order: Tensor,
     bias: Tensor | None = None,
     y_scale: float = 1.0,
+    aligned: int = 1,
 ) -> Tensor:
     """The operator in plain PyTorch, on any device."""
     _check(x, pivot_rows, coefficients, row_order, bias)
@@ -82,13 +84,14 @@ def _fake(
     row_order: Tensor,
     bias: Tensor | None = None,
     y_scale: float = 1.0,
+    aligned: int = 1,
 ) -> Tensor:
     _check(x, pivot_rows, coefficients, row_order, bias)
     return x.new_empty((*x.shape[:-1], row_order.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, pivot_rows, coefficients, row_order, bias, y_scale = inputs
+    x, pivot_rows, coefficients, row_order, bias, y_scale, _ = inputs
     ctx.save_for_backward(x, pivot_rows, coefficients, row_order)
     ctx.has_bias = bias is not None
     ctx.y_scale = y_scale
@@ -110,7 +113,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y_p = F.linear(x, pivot_rows).reshape(-1, r)
         grad_c = (grad_np.reshape(y_p.shape[0], m - r).T @ y_p).to(coefficients.dtype)  # m - r may be 0
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs[4] else None
-    return grad_x, grad_rows, grad_c, None, grad_bias, None
+    return grad_x, grad_rows, grad_c, None, grad_bias, None, None
 
 
 def _autocast(
@@ -120,6 +123,7 @@ def _autocast(
     row_order: Tensor,
     bias: Tensor | None = None,
     y_scale: float = 1.0,
+    aligned: int = 1,
 ) -> Tensor:
     """As autocast treats ``linear``: x, rows and bias in the autocast dtype; a mixed form keeps its coefficients."""
     device = x.device.type
@@ -133,6 +137,7 @@ def _autocast(
             row_order,
             None if bias is None else bias.to(dtype),
             y_scale,
+            aligned,
         )
     return y
 

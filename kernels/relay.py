@@ -18,7 +18,7 @@ from pifa_compile.kernels.triton_templates import template
 COUNTERS = 3
 
 
-def lower(x: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float) -> Any:
+def lower(x: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float, aligned: int) -> Any:
     """Inductor IR of Y (N x m) from x (N x n)."""
     auto = autotuner()
     inputs = auto.realize(x, pivot_rows, coefficients, row_order, _counters(x.get_device()))

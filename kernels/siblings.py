@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, inductor, tf32_allowed
 from pifa_compile.kernels import op
+from pifa_compile.kernels.tail import some_order
 from pifa_compile.kernels.tile_tables import Tile, table_for
 from pifa_compile.kernels.triton_templates import template
 
@@ -69,7 +70,7 @@ def lower(x: Any, pivot_rows: Sequence[Any], coefficients: Sequence[Any], row_or
         return head_tiles(block) + sum(-(-o // block) for o in others)
 
     y_p = _launch("siblings_head", [rows, *pivot_rows], sum(ranks), len(ranks), head_tiles, {})
-    orders = {1 + len(ranks) + i: _some_order for i in range(len(ranks))}
+    orders = {1 + len(ranks) + i: some_order for i in range(len(ranks))}
     features = sum(ranks) + sum(others)
     y = _launch("siblings_tail", [y_p, *coefficients, *row_orders], features, len(ranks), tail_tiles, orders)
     return call(torch.ops.aten.view, y, [*lead, features])
@@ -104,12 +105,6 @@ def _settings(tile: Tile, siblings: int, tiles: int) -> dict[str, Any]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-def _some_order(row_order: Any) -> Tensor:
-    """A permutation for the measurement, as in ``tail.py``."""
-    numbers = autotuner().numbers(row_order)
-    return torch.randperm(numbers.shape[0], device=numbers.device).to(numbers.dtype)
 
 
 def _register() -> Any:

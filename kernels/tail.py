@@ -7,6 +7,7 @@ Candidates are the tiles of the device's table and, where choices are measured, 
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -28,8 +29,13 @@ def register() -> None:
     autotuner().kernel("pifa_tail_library", tail_by_library)
 
 
-def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_scale: float) -> Any:
-    """Inductor IR of Y (N x m, ``dtype``) from y_p (N x r, the coefficients' dtype, scaled by 1 / ``out_scale``)."""
+def lower(
+    y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_scale: float, aligned: int = 1
+) -> Any:
+    """Inductor IR of Y (N x m, ``dtype``) from y_p (N x r, the coefficients' dtype, scaled by 1 / ``out_scale``).
+
+    aligned  what ``pifa::linear`` promises of the order; a measurement keeps it
+    """
     auto = autotuner()
     inputs = auto.realize(y_p, coefficients, row_order)
     layout = auto.layout(y_p, [y_p.get_size()[0], row_order.get_size()[0]], dtype)
@@ -40,7 +46,7 @@ def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_s
     tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
     choices: list[Any] = []
     for tile in tiles:
-        problem = auto.add(choices, template(tile.template), inputs, layout, **_settings(tile, y_p, out_scale))
+        problem = auto.add(choices, template(tile.template), inputs, layout, **_settings(tile, y_p, out_scale, aligned))
         if problem is not None:
             log.debug("tail tile %s: %s", tile, problem)
         elif not auto.measures():
@@ -48,7 +54,8 @@ def lower(y_p: Any, coefficients: Any, row_order: Any, dtype: torch.dtype, out_s
     if auto.calls_python() and (auto.measures() or not choices):
         kernel = auto.kernel("pifa_tail_library", tail_by_library)
         auto.add_kernel(choices, kernel, inputs, layout, dtype=dtype, out_scale=out_scale)
-    return auto.choose("pifa_tail", choices, inputs, layout, {ROW_ORDER: _some_order})
+    make = {ROW_ORDER: functools.partial(some_order, aligned=aligned)}
+    return auto.choose("pifa_tail", choices, inputs, layout, make)
 
 
 def _by_tma(matrices: list[Any]) -> bool:
@@ -58,7 +65,7 @@ def _by_tma(matrices: list[Any]) -> bool:
     return major >= 9 and all(inner == 1 and outer * size % 16 == 0 for (outer, inner), size in rows)
 
 
-def _settings(tile: Tile, y_p: Any, out_scale: float) -> dict[str, Any]:
+def _settings(tile: Tile, y_p: Any, out_scale: float, aligned: int) -> dict[str, Any]:
     r = int(y_p.get_size()[1])
     persistent = {"PROGRAMS": processors(y_p.get_device())} if tile.template == "tail_tma" else {}
     return {
@@ -67,6 +74,7 @@ def _settings(tile: Tile, y_p: Any, out_scale: float) -> dict[str, Any]:
         "RANK": r,
         "EVEN_K": r % tile.constants["BLOCK_K"] == 0,
         "OUT_SCALE": out_scale,
+        "ALIGNED": aligned,
         "ACC_TYPE": "tl.float32",
         "ALLOW_TF32": tf32_allowed(),
         "num_warps": tile.warps,
@@ -74,10 +82,12 @@ def _settings(tile: Tile, y_p: Any, out_scale: float) -> dict[str, Any]:
     }
 
 
-def _some_order(row_order: Any) -> Tensor:
-    """A permutation for the measurement: uninitialised numbers would all store to few columns, or out of bounds."""
+def some_order(row_order: Any, aligned: int = 1) -> Tensor:
+    """A permutation for a measurement: uninitialised numbers would all store to few columns, or out of bounds."""
     numbers = autotuner().numbers(row_order)
-    return torch.randperm(numbers.shape[0], device=numbers.device).to(numbers.dtype)
+    groups = torch.randperm(numbers.shape[0] // aligned, device=numbers.device)
+    order = aligned * groups[:, None] + torch.arange(aligned, device=numbers.device)
+    return order.flatten().to(numbers.dtype)
 
 
 def tail_by_library(

@@ -38,7 +38,7 @@ from pifa_compile.factors import PifaFactors
 from pifa_compile.kernels import op, siblings
 from pifa_compile.loaded import derived
 from pifa_compile.passes.decompose import CpuBuffers, has_few_tokens, last_features, tokens_of, write_output
-from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of, take_place
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, device_of, in_place_of, take_place
 from pifa_compile.passes.replace import output_dtype
 
 
@@ -54,7 +54,7 @@ def group(gm: fx.GraphModule, context: Context) -> PassResult:
     join = {"cpu": _join, "cuda": _in_one_operator}
     matched = changed = 0
     for kind, find in together.items():
-        found = find([sites for sites in operators.values() if _device(_factors(sites)).type == kind], buffers)
+        found = find([sites for sites in operators.values() if device_of(_factors(sites)).type == kind], buffers)
         siblings = [family for family in found if len(family) > 1 and not _written_between(family)]
         for family in siblings:
             join[kind](family, buffers)
@@ -83,13 +83,13 @@ def _families_on_cuda(operators: Sequence[Sequence[LinearSite]], buffers: CpuBuf
     for sites in operators:
         node, factors = sites[0].node, _factors(sites)
         tokens, tensors = tokens_of(node.all_input_nodes[0]), _tensors(sites)
-        few = buffers.kernels and tokens is not None and siblings.serves(_device(factors), factors.dtype, tokens)
+        few = buffers.kernels and tokens is not None and siblings.serves(device_of(factors), factors.dtype, tokens)
         given = all(tensor.op in ("placeholder", "get_attr") for tensor in tensors)
         if not (few and given and factors.rank < factors.shape[0]):
             continue
         found = families.setdefault((_source(node.all_input_nodes[0]), factors.dtype), [[]])
-        taken = {tensor for other in found[-1] for tensor in _tensors(other)}
-        if taken & set(tensors):  # a kernel takes a tensor once
+        taken = {tensor.target for other in found[-1] for tensor in _tensors(other)}
+        if not taken.isdisjoint(tensor.target for tensor in tensors):  # a kernel takes a tensor once
             continue
         if len(found[-1]) == siblings.MOST:
             found.append([])
@@ -101,10 +101,6 @@ def _tensors(sites: Sequence[LinearSite]) -> list[fx.Node]:
     """The pivot rows, coefficients and row order of an operator."""
     found = [argument(sites[0].node, i, name) for i, name in enumerate(("pivot_rows", "coefficients", "row_order"), 1)]
     return [node for node in found if node is not None]
-
-
-def _device(factors: PifaFactors) -> torch.device:
-    return factors.device
 
 
 def _factors(sites: Sequence[LinearSite]) -> PifaFactors:

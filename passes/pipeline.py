@@ -1,7 +1,7 @@
 """The whole of what happens to a graph, in order, and the runner that times, counts, checks and dumps it.
 
     captured graph -> open_attention -> detect -> find_pairs -> lookup -> take_pairs -> [dry run ends here]
-                   -> replace -> fold -> group -> decompose -> tidy -> Inductor
+                   -> replace -> fold -> group -> align -> decompose -> tidy -> Inductor
 
 A pass is a function of the graph module and the context that returns a PassResult. It neither logs nor dumps.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from pifa_compile import _torch
+from pifa_compile.passes.align import align
 from pifa_compile.passes.attention import open_attention
 from pifa_compile.passes.decompose import decompose
 from pifa_compile.passes.detect import detect
@@ -51,6 +52,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("replace", replace, rewrites=True),  # one operator per layer, whatever form the layer had
     Pass("fold", fold, rewrites=True),  # while every layer is one operator with one order
     Pass("group", group, rewrites=True),  # after fold: what needs no gather any more is not gathered
+    Pass("align", align, rewrites=True),  # CUDA only, last of those that may change an order
     Pass("decompose", decompose, rewrites=True),  # CPU only, before Inductor: its weight packing is a graph pass
     Pass("tidy", tidy, rewrites=True),  # last: it erases what the others left without a reader
 )

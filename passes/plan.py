@@ -169,6 +169,11 @@ class PassResult:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
+def device_of(factors: Factors) -> torch.device:
+    """Where the layer with these factors runs."""
+    return factors.device
+
+
 ORIGIN = "pifa_origin"
 CLOSED = "pifa_closed"  # in the meta of a call with linear layers inside: why it could not be written out
 

@@ -11,7 +11,7 @@ from pifa_compile.kernels.op import SCHEMA, gather_order, linear
 
 FROZEN = (
     "pifa::linear(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None, "
-    "float y_scale=1.0) -> Tensor"
+    "float y_scale=1.0, int aligned=1) -> Tensor"
 )
 SHAPES = [(20, 12, 6), (12, 20, 12), (20, 12, 12), (9, 7, 1), (16, 16, 8)]
 
@@ -34,7 +34,7 @@ def relative(a, b):
 
 
 def test_the_schema_is_the_frozen_one_and_has_no_layout_tag():
-    assert str(linear._schema).replace("1.)", "1.0)") == f"pifa::{SCHEMA}" == FROZEN
+    assert str(linear._schema).replace("1.,", "1.0,") == f"pifa::{SCHEMA}" == FROZEN
     tags = {torch.Tag.needs_fixed_stride_order, torch.Tag.needs_exact_strides, torch.Tag.flexible_layout}
     assert not tags & set(linear.tags)
 

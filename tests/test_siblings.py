@@ -233,5 +233,9 @@ def test_what_cannot_be_together_stays_apart(tmp_path):
     assert operators(exact_float) == {linear: 3}  # no tiles for float32 without TF32
     eager, _ = grouped(Three().bfloat16(), x, tmp_path, inner="eager")
     assert operators(eager) == {linear: 3}  # without a compiler
+    same = Three(number=1).bfloat16()
+    same.layers.append(same.layers[0])
+    twice, _ = grouped(same, x, tmp_path)
+    assert operators(twice) == {linear: 2}  # a kernel takes a tensor once
     five, _ = grouped(Three(number=5).bfloat16(), x, tmp_path)
     assert operators(five) == {siblings: 1, linear: 1}  # four at most

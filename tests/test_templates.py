@@ -39,7 +39,7 @@ def only(tile):
     return tiles.use_table(replace(TABLES["safe"], tiles=(replace(tile, span=always),), forms=(row,)))
 
 
-def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilogue=False):
+def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilogue=False, aligned=1):
     """The generated kernel of a tile for one call, by itself or with bias, SiLU and a product behind it."""
 
     def given():
@@ -49,10 +49,10 @@ def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilog
         return [fake(tokens, n, dtype=dtype), *factors, *extra]
 
     def plain(x, p, c, o):
-        return linear(x, p, c, o, None, scale)
+        return linear(x, p, c, o, None, scale, aligned)
 
     def fused(x, p, c, o, bias, other):
-        return F.silu(linear(x, p, c, o, bias, scale)) * other
+        return F.silu(linear(x, p, c, o, bias, scale, aligned)) * other
 
     with only(tile):
         program = generate(fused if epilogue else plain, given)
@@ -105,12 +105,13 @@ class Case:
     scale: float
     dtype: torch.dtype
     fused: list = field(default_factory=list)  # a bias and a factor, for the epilogue of kernel_of
+    aligned: int = 1
 
     @functools.cached_property
     def launch(self):
         (tokens, n), r, m = self.inputs[0].shape, self.coefficients.shape[1], self.row_order.shape[0]
         call = (tokens, m, n, r, self.dtype, self.coefficients.dtype, self.scale)
-        kernel = kernel_of(self.tile, *call, epilogue=bool(self.fused))
+        kernel = kernel_of(self.tile, *call, epilogue=bool(self.fused), aligned=self.aligned)
         more = {"min": min} if self.tile.template == "tail_tma" else {}
         meta = {**self.tile.constants, "RANK": r, "PROGRAMS": 5}  # few, so that a persistent program takes many tiles
         grid = GRIDS[self.tile.template](tokens, m, meta, cdiv=lambda a, b: -(-a // b), **more)
@@ -178,6 +179,29 @@ def test_every_tile_computes_the_whole_output_on_odd_shapes(relative):
     for case, (arguments,) in zip(cases, results, strict=True):
         error = relative(case.found(arguments), case.exact())
         assert error < TOLERANCE[case.dtype], (case.tile, case.inputs[0].shape, case.row_order.shape, case.dtype)
+
+
+IN_GROUPS = [tile for name, tile in TILES if name != "safe" and tile.template in ("tail", "tail_tma")]
+
+
+@pytest.mark.parametrize("tile", IN_GROUPS, ids=lambda t: f"{t.template}-{'x'.join(map(str, t.constants.values()))}")
+def test_rows_in_aligned_groups_are_stored_16_bytes_at_once(tile, tf32):
+    dtype = getattr(torch, tile.span.dtypes[-1])
+    cubin = compile_kernel(kernel_of(tile, tile.span.last or 2048, 4096, 4096, 1200, dtype, aligned=8))
+    free = compile_kernel(kernel_of(tile, tile.span.last or 2048, 4096, 4096, 1200, dtype))
+    assert max(int((re.search(r"\d+$", name) or [32])[0]) for name in cubin.stores) >= 32  # bits
+    assert sum(cubin.stores.values()) < sum(free.stores.values()) and cubin.spills <= SPILLS
+
+
+def test_rows_in_aligned_groups_end_where_the_order_says(relative):
+    cases = []
+    for tile in IN_GROUPS:
+        case = make_case(tile, max(tile.span.first, 2), (328, 200, 72), getattr(torch, tile.span.dtypes[-1]))
+        groups = torch.randperm(328 // 8, generator=torch.Generator().manual_seed(0))
+        case.row_order, case.aligned = (8 * groups[:, None] + torch.arange(8)).flatten().int(), 8
+        cases.append(case)
+    for case, (arguments,) in zip(cases, interpret([[case.launch] for case in cases]), strict=True):
+        assert relative(case.found(arguments), case.exact()) < TOLERANCE[case.dtype], case.tile
 
 
 def test_tma_is_for_rows_that_begin_at_whole_16_bytes():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from pifa_compile import backend
 from pifa_compile.kernels import lowering
-from pifa_compile.passes import group, pipeline
+from pifa_compile.passes import align, group, pipeline
 from pifa_compile.passes.plan import Context, PassResult
 from pretend_h200.codegen import generate
 from pretend_h200.device import pretend_h200
@@ -21,8 +23,8 @@ from pretend_h200.device import pretend_h200
 def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> tuple[fx.GraphModule, list[Any]]:
     """The graph that the backend hands to Inductor, were the model on CUDA, and its inputs.
 
-    The passes run on the real weights, on the CPU; ``group`` is told that they are on the card; ``decompose`` is for
-    the CPU and left out.
+    The passes run on the real weights, on the CPU; those for CUDA are told that they are on the card; ``decompose`` is
+    for the CPU and left out.
     """
     taken: list[tuple[fx.GraphModule, list[Any]]] = []
 
@@ -31,7 +33,7 @@ def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) ->
         return gm.forward
 
     steps = tuple(
-        replace(step, run=_group_on_cuda) if step.name == "group" else step
+        replace(step, run=partial(_on_the_card, step.run)) if step.name in ("group", "align") else step
         for step in pipeline.PIPELINE
         if step.name != "decompose"
     )
@@ -41,9 +43,12 @@ def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) ->
     return gm, given
 
 
-def _group_on_cuda(gm: fx.GraphModule, context: Context) -> PassResult:
-    with pretend_h200(), mock.patch.object(group, "_device", lambda _: torch.device("cuda", 0)):
-        return group.group(gm, context)
+def _on_the_card(run: Callable[..., PassResult], gm: fx.GraphModule, context: Context) -> PassResult:
+    with ExitStack() as stack:
+        stack.enter_context(pretend_h200())
+        for module in (group, align):
+            stack.enter_context(mock.patch.object(module, "device_of", lambda _: torch.device("cuda", 0)))
+        return run(gm, context)
 
 
 def program_of(gm: fx.GraphModule, given: Sequence[Any], **settings: Any) -> str:
