@@ -69,6 +69,17 @@ def test_every_form_is_right_with_what_reads_it(form, dtypes, tokens, shape, in_
     assert relative(y, exact) < BOUNDS[dtypes[0]]
 
 
+def test_rows_in_aligned_groups_end_where_the_order_says(in_form, relative):
+    lowering.register()
+    compiled = torch.compile(lambda *a: linear(*a, aligned=8), fullgraph=True)
+    p, c, _ = factors(512, 256, 160, torch.bfloat16)
+    order = (8 * torch.randperm(64)[:, None] + torch.arange(8)).flatten().int().cuda()
+    for tokens in (1, 300):
+        x = torch.randn(tokens, 256, device="cuda").bfloat16()
+        with in_form("tail"), torch.no_grad():
+            assert relative(compiled(x, p, c, order), oracle(x, p, c, order)) < BOUNDS[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 def test_siblings_are_right_with_what_reads_them(tokens, dtype, relative):

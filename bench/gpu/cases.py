@@ -66,12 +66,15 @@ def squares(w: int, shares: tuple[float, ...], multiple: int = 16) -> list[Case]
     return [Case(f"square {w}", f"r = {share:g} w", w, w, int(share * w) // multiple * multiple) for share in shares]
 
 
-def random_factors(case: Case, dtype: torch.dtype, device: str, coefficients: torch.dtype | None = None) -> PifaFactors:
-    """Factors whose products are of unit size, with pivots spread over all rows."""
+def random_factors(
+    case: Case, dtype: torch.dtype, device: str, coefficients: torch.dtype | None = None, group: int = 1
+) -> PifaFactors:
+    """Factors whose products are of unit size, with pivots spread over all rows, in aligned groups of ``group``."""
     m, n, r = case.m, case.n, case.r
     rows = torch.randn(r, n, device=device) / n**0.5
     c = torch.randn(m - r, r, device=device) / r**0.5
-    chosen = torch.randperm(m, device=device)
+    chosen = group * torch.randperm(m // group, device=device)[:, None] + torch.arange(group, device=device)
+    chosen = chosen.flatten()
     order = torch.cat([chosen[:r].sort().values, chosen[r:].sort().values])
     return PifaFactors(rows.to(dtype), c.to(coefficients or dtype), order.to(torch.int32))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bench.gpu.timing import copies, inductor, seconds_per_call
 from pifa_compile.kernels import kernel_forms as forms
 from pifa_compile.kernels import lowering, tile_tables
 from pifa_compile.kernels.op import linear
+from pifa_compile.passes.align import GROUP
 
 Row = dict[str, Any]
 #: Relative error up to which a row counts as right; of 2:4 and dense against their own weight.
@@ -63,9 +65,11 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         calls = [lambda x=x, i=i: run(x, i) for i, x in enumerate(inputs(count))]
         return calls, run, (lambda x: x.double() @ right[0].double().T @ left[0].double().T)
 
-    def pifa(function: Callable[..., Tensor], split: bool, coefficients: torch.dtype | None = None) -> Any:
+    def pifa(
+        function: Callable[..., Tensor], split: bool, coefficients: torch.dtype | None = None, group: int = 1
+    ) -> Any:
         def make(count: int) -> Any:
-            factors = [random_factors(case, dtype, device, coefficients) for _ in range(count)]
+            factors = [random_factors(case, dtype, device, coefficients, group) for _ in range(count)]
             order = lambda f: (f.row_order[:r].long(), f.row_order[r:].long()) if split else (f.row_order,)  # noqa: E731
             given = [(f.pivot_rows, f.coefficients, *order(f)) for f in factors]
             calls = [lambda x=x, g=g: function(x, *g) for x, g in zip(inputs(count), given, strict=True)]
@@ -93,6 +97,11 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         lowering.register()
         compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
         yield Way(f"pifa {form}", pifa(compiled, False), kept, flop, lambda form=form: forced(device, form))
+    if device == "cuda" and m % GROUP == r % GROUP == 0:
+        promised = partial(linear, aligned=GROUP)  # what it costs in error: bench/pivoting.py
+        compiled = torch.compile(lambda *a: promised(*a), backend=inductor(device), fullgraph=True, dynamic=False)
+        name = f"pifa tail, groups of {GROUP}"
+        yield Way(name, pifa(compiled, False, group=GROUP), kept, flop, lambda: forced(device, "tail"))
     if dtype == torch.bfloat16:  # coefficients and y_p in float16, which rounds them eight times less
         compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
         yield Way("pifa, fp16 coefficients", pifa(compiled, False, torch.float16), kept, flop)
