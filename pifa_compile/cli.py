@@ -15,14 +15,14 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pifa_compile.errors import DamagedError, InputError, OptionError, PifaError, RecipeError
 from pifa_compile.plain_json import plain_json
+from pifa_compile.quiet import errors_only
 
 DONE, FAILED, USAGE, UNVERIFIED = range(4)
 INTERRUPTED = 128 + 2  # as shells have it: 128 and the number of SIGINT
@@ -401,19 +401,7 @@ def _demo(options: argparse.Namespace) -> int:
     return DONE
 
 
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Inside, this package logs errors alone: a benchmark compresses and recompiles all the time."""
-    logger = logging.getLogger("pifa_compile")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@_errors_only()
+@errors_only("pifa_compile")  # a benchmark compresses and recompiles all the time
 def _bench(options: argparse.Namespace) -> int:
     from pifa_compile.bench.kernels import bench_kernels
     from pifa_compile.bench.models import bench_compile, bench_layers, bench_model

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import nn
 from pifa_compile.errors import InputError
 from pifa_compile.loading import is_causal
 from pifa_compile.quality import Quality, Reading, Variant, given_as, is_factored, misfit, model_density, windows_for
+from pifa_compile.quiet import errors_only
 from pifa_compile.store import Run, Store
 
 #: The name of the task that is ours.
@@ -55,7 +54,7 @@ def evaluate_tasks(
     for _, run in runs:
         if problem := misfit(run, base):
             raise InputError(f"{problem}; name another run, or compress this model first")
-    with _quietly():
+    with errors_only("lm_eval"):
         tests = _Tests(base, tokenizer, tasks, texts, how, limit)
         variants = [Variant(*given_as(base), tests.measure(_compiled(base) if is_factored(base) else base))]
         for store, run in runs:
@@ -161,15 +160,3 @@ def _compiled(model: nn.Module, **options: str) -> nn.Module:
     made = copy.deepcopy(model, shared)
     made.compile(backend="pifa", options=options or None)
     return made
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Inside, lm-eval logs errors alone."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
