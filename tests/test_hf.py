@@ -526,6 +526,15 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_folder_of_somebody_s(sour
     assert "# some-model in" in card and "/a/folder" not in card
 
 
+@pytest.mark.parametrize("wrong", [{"tuned": {"steps": 1}}, {"imported": {"source": "pairs"}}])
+def test_what_no_folder_could_be_loaded_with_is_refused_before_one_is_written(tmp_path, wrong):
+    model, _ = prepare(make("tied")[0])
+    with pytest.raises(InputError, match="what it says of"):
+        pifa_compile.export(model, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+    pifa_compile.export(model, tmp_path / "out")
+
+
 def dense_left(run):
     return sum(r.dense_numbers for r in run.layers if r.object is None)
 
