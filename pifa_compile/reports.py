@@ -79,8 +79,10 @@ def render_run(run: Run, sort: str | None = None) -> str:
     share = f" keep {facts['density']:.4f} of their {facts['numbers_before']:,} numbers" if facts["replaced"] else ""
     state = "" if run.complete else f" (unfinished: {facts['layers']} of {run.header.layers_planned} layers)"
     line = f"run {facts['run']}{state}: {facts['replaced']} of {facts['layers']} linear layers replaced{share}"
-    calibrated = "" if run.header.calibration is None else " after calibration"
-    return f"{table}\n\n{line}, {facts['bytes'] / 1e6:.1f} MB, factored in {facts['seconds']:.1f} s{calibrated}"
+    of, after = ("weight", "") if run.header.calibration is None else ("outputs", " after calibration")
+    errors = f"truncation: relative error of the {of} at this rank; rounding: of the factors beside the low-rank weight"
+    legend = f"{errors}\n" if facts["replaced"] else ""
+    return f"{table}\n\n{legend}{line}, {facts['bytes'] / 1e6:.1f} MB, factored in {facts['seconds']:.1f} s{after}"
 
 
 def _row(r: LayerRecord) -> list[str]:

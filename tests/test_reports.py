@@ -66,8 +66,9 @@ def test_layers_that_were_factored_together_count_one_by_one():
 def test_what_calibration_took_is_not_in_the_seconds():
     plain = run()
     calibrated = Run(replace(plain.header, calibration={"text": "a"}), plain.layers, complete=True)
-    assert render_run(plain).endswith("factored in 1.5 s")
-    assert render_run(calibrated).endswith("factored in 1.5 s after calibration")
+    assert render_run(plain).endswith("factored in 1.5 s") and "error of the weight at" in render_run(plain)
+    told = render_run(calibrated)
+    assert told.endswith("factored in 1.5 s after calibration") and "error of the outputs at" in told
 
 
 def test_a_run_that_replaces_nothing_has_no_density():
