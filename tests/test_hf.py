@@ -402,6 +402,30 @@ def test_without_this_package_nothing_is_drawn_at_random(exported, tmp_path):
     assert len(found["bare"]) == 14 and "model.layers.0.mlp.up_proj.weight" in found["bare"]
 
 
+def test_loading_and_calling_imports_no_lowering_and_compiling_still_lowers_the_operator(exported):
+    """Inductor's own would take two seconds and 50 MB, which is more than many a model."""
+    _, folder = exported
+    found, _ = python(
+        """
+        import json, sys
+        import pifa_compile, torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+        layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
+        with torch.no_grad():
+            model(torch.ones(1, 4, dtype=torch.int64))
+            wanted, before = layer(x), "torch._inductor.lowering" in sys.modules
+            from torch._inductor.utils import run_and_get_code
+
+            y, (code,) = run_and_get_code(torch.compile(layer), x)
+        print(json.dumps([before, "torch.ops.pifa" in code, float((y - wanted).abs().max())]))
+        """,
+        folder,
+    )
+    assert found[:2] == [False, False] and found[2] < 1e-5
+
+
 @pytest.mark.parametrize(
     "imports",
     [
