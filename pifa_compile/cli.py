@@ -356,9 +356,10 @@ def _export(options: argparse.Namespace) -> int:
     else:
         from pifa_compile.program import export_program, save_program
 
-        program = export_program(model, _example(model, tokenizer, batch=2))
+        inputs = _example(model, tokenizer, batch=2)
+        program = export_program(model, inputs)
         out = save_program(program, options.out, compiled=options.format == "aoti")
-        files, how = [out], _LOADERS[options.format]
+        files, how = [out], f"{_LOADERS[options.format]} takes one dictionary of tensors: {', '.join(inputs)}"
     size = sum(path.stat().st_size for path in files)
     facts = {"path": str(out), "format": options.format, "run": run.run_id, "bytes": size}
     _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB; {how}")
@@ -384,8 +385,8 @@ def _import(options: argparse.Namespace) -> int:
 
 
 _LOADERS = {
-    "pt2": "load it with torch.export.load(...).module()",
-    "aoti": "load it with torch._inductor.aoti_load_package(...)",
+    "pt2": "torch.export.load(...).module()",
+    "aoti": "torch._inductor.aoti_load_package(...)",
 }
 
 
