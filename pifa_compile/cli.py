@@ -249,7 +249,7 @@ def _eval(options: argparse.Namespace) -> int:
         _warn(f"no run in {places} was made of this model; only the dense one is measured")
     reading = Reading(options.windows, options.length, options.batch, options.bos)
     texts = texts or {STANDARD_LIBRARY: "\n\n".join(standard_library_docstrings())}
-    given: dict[str, Any] = {"reading": reading, "name": name, "factored": factored}
+    given: dict[str, Any] = {"reading": reading, "name": name, "factored": factored, "say": _say}
     if options.tasks is None:
         found = evaluate(model, tokenizer, runs, texts, **given)
     else:

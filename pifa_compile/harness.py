@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pifa_compile.quality import (
     misfit,
     model_density,
     told_apart,
+    told_rows,
     windows_for,
 )
 from pifa_compile.quiet import errors_only
@@ -46,6 +47,7 @@ def evaluate_tasks(
     reading: Reading | None = None,
     name: str = "",
     factored: Mapping[str, nn.Module] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Quality:
     """Measure a causal language model on tasks of lm-eval (or their YAML files), dense and compiled with each run.
 
@@ -53,6 +55,7 @@ def evaluate_tasks(
     limit     documents of a task, or windows of a text, at most
     reading   of texts; its ``batch`` is that of all tasks
     factored  models that have their factors already, by the names of their places: rows beside the dense ``model``
+    say       receives a line before each row is measured
 
     Figures are lm-eval's, "stderr" behind a name its standard error; a filter is named where it is not the only one.
     Raises InputError where lm-eval is missing, for a task that there is not or whose data cannot be loaded, for a run
@@ -66,11 +69,15 @@ def evaluate_tasks(
             raise InputError(f"{problem}; name another run, or compress this model first")
     with errors_only("lm_eval"):
         tests = _Tests(model, tokenizer, tasks, texts, how, limit)
+        measuring = told_rows(runs, others, say)
+        next(measuring)
         variants = [Variant(*given_as(model), tests.measure(_compiled(model) if is_factored(model) else model))]
         for store, run in runs:
+            next(measuring)
             found = tests.measure(_compiled(model, run=run.run_id, store=str(store.root)))
             variants.append(Variant(run.run_id, run.density, model_density(run, model), found))
         for other in others.values():
+            next(measuring)
             variants.append(Variant(*given_as(other), tests.measure(_compiled(other))))
     return Quality(name or type(model).__name__, tests.protocol, told_apart(variants, runs, others))
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,11 +122,13 @@ def evaluate(
     reading: Reading | None = None,
     name: str = "",
     factored: Mapping[str, nn.Module] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Quality:
     """Measure a model on texts (by name), dense and with each run; nothing is compiled, the model stays as it is.
 
     factored  models that have their factors already (as a folder of ``export`` has), by the names of their places: rows
               beside the dense ``model``
+    say       receives a line before each row is measured
 
     Raises InputError for a run that does not know every linear weight of the model, and for a text that is too short.
     """
@@ -134,6 +136,8 @@ def evaluate(
     for _, run in runs:
         if problem := misfit(run, model):
             raise InputError(f"{problem}; name another run, or compress this model first")
+    measuring = told_rows(runs, others, say)
+    next(measuring)
     tasks = {label: read_with(model, tokenizer, text, how) for label, text in texts.items()}
     variants = [Variant(*given_as(model), {label: task.dense for label, task in tasks.items()})]
     if is_factored(model):  # compared with itself it says nothing
@@ -144,13 +148,26 @@ def evaluate(
             for key in set(measured) - {"perplexity"}:
                 del measured[key]
     for store, run in runs:
+        next(measuring)
         variant = with_run(model, store, run)
         figures = {label: task.measure(variant) for label, task in tasks.items()}
         variants.append(Variant(run.run_id, run.density, model_density(run, model), figures))
     for other in others.values():
+        next(measuring)
         variants.append(Variant(*given_as(other), {label: task.measure(other) for label, task in tasks.items()}))
     protocol = {label: task.protocol for label, task in tasks.items()}
     return Quality(name or type(model).__name__, protocol, told_apart(variants, runs, others))
+
+
+def told_rows(
+    runs: Sequence[tuple[Store, Run]], factored: Mapping[str, nn.Module], say: Callable[[str], object] | None
+) -> Iterator[str]:
+    """The rows of a table, one with each step; ``say`` receives a line for it first: to measure it may take minutes."""
+    names = ["the model", *(run.run_id for _, run in runs), *factored]
+    for number, name in enumerate(names, 1):
+        if say is not None:
+            say(f"measuring {name} ({number} of {len(names)})")
+        yield name
 
 
 def is_factored(model: nn.Module) -> bool:

@@ -249,8 +249,13 @@ def test_rows_of_one_name_say_which_store_or_folder_they_are_from(
     folders = [str(exported), str(tmp_path / "copy"), str(tmp_path / "tuned"), str(exported)]
     stores = [word for place in (store, other, store) for word in ("--store", str(place.root))]
     assert main(["eval", *folders, "--dense", str(language_folder), *stores, *words]) == 0
-    found = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    found = json.loads(told.out)
     assert found["model"] == str(language_folder)
+    places = [r.run_id for r in (*runs, again)] + folders[:3]
+    assert [line for line in told.err.splitlines() if line.startswith("measuring")] == [
+        f"measuring {place} ({number} of 7)" for number, place in enumerate(["the model", *places], 1)
+    ]
     lossy, name = runs[1].run_id, f"{runs[1].run_id}, exported"
     assert [v["name"] for v in found["variants"]] == [
         *("dense", runs[0].run_id, f"{lossy} in {store.root}", f"{lossy} in {other.root}"),
