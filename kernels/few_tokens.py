@@ -11,43 +11,58 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from ctypes import c_int, c_long, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pifa_compile.kernels import native
+from pifa_compile import _torch
+from pifa_compile.kernels import native, op
 
 KINDS = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}  # in cpu/numbers.h
 SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, Tensor? bias=None) -> Tensor"
 
 
-#: More than that it serves nowhere, so that nothing need be compiled to know. Where Inductor packs the weights for its
-#: library (``freezing``) that is faster earlier: 16 tokens, float32, as in cpu/few_tokens.cpp, 1.4 ms against 1.8.
-LIMIT, LIMIT_PACKED = 16, 4
+@dataclass(frozen=True)
+class Most:
+    """Up to how many tokens this is the fastest form, against products of weights as they are and packed."""
+
+    plain: int
+    packed: int
+
+
+# Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
+_AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
+_WIDE = {torch.float32: Most(32, 4), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512)}
+_NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
 def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
-    """Whether this is the fastest form for so many tokens on this processor; ``packed``: against packed weights."""
-    return 0 < tokens <= (LIMIT_PACKED if packed else LIMIT) and tokens <= most_tokens(dtype)
+    """Whether this is the fastest form for so many tokens on this processor; ``packed``: against packed weights.
 
-
-@functools.cache
-def most_tokens(dtype: torch.dtype) -> int:
-    """For how many tokens at most this is the fastest form; 0 where it cannot be had. Compiles it."""
-    if dtype not in KINDS:
-        return 0
-    most = native.function(native.library("few_tokens", KINDS[dtype]), "most_tokens", (), c_long)
-    return 0 if most is None else int(most())
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype) -> Callable[..., int]:
-    compiled = native.library("few_tokens", KINDS[dtype]) if most_tokens(dtype) else None
-    found = native.function(compiled, "factored_layer", (c_void_p,) * 6 + (c_long,) * 5, c_int)
-    if found is None:
-        raise RuntimeError(f"pifa::few_tokens cannot be had for {dtype} on this processor; use pifa::linear")
+    If so, has the kernel compiled meanwhile.
+    """
+    found = 0 < tokens <= most_tokens(dtype, packed=packed)
+    if found:
+        native.begin("few_tokens", KINDS[dtype])
     return found
+
+
+def most_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
+    """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
+    have = _torch.cpu_instructions()
+    if dtype not in KINDS or (dtype == torch.float16 and not have & {"avx512f", "f16c"}):
+        return 0
+    wide = "avx512f" in have and (dtype != torch.bfloat16 or "avx512_bf16" in have)
+    most = (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
+    return most.packed if packed else most.plain
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:
+    compiled = native.library("few_tokens", KINDS[dtype]) if most_tokens(dtype) else None
+    return native.function(compiled, "factored_layer", (c_void_p,) * 6 + (c_long,) * 5, c_int)
 
 
 def _few_tokens(
@@ -64,11 +79,14 @@ def _few_tokens(
         all(t.dtype == x.dtype for t in given) and row_order.dtype == torch.int32,
         lambda: "pifa::few_tokens: x, pivot rows, coefficients and bias must have one dtype, the row order int32",
     )
+    kernel = _kernel(x.dtype)
+    if kernel is None:  # no compiler, or a processor without such numbers
+        return op.reference(x, pivot_rows, coefficients, row_order, bias)
     held = [t.contiguous() for t in (x, pivot_rows, coefficients, row_order)]
     if bias is not None:
         bias = bias.contiguous()
     y = x.new_empty((*x.shape[:-1], m))
-    failed = _kernel(x.dtype)(
+    failed = kernel(
         *(t.data_ptr() for t in held), None if bias is None else bias.data_ptr(), y.data_ptr(),
         x.numel() // n, m, n, r, torch.get_num_threads(),
     )  # fmt: skip

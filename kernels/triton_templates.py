@@ -28,6 +28,11 @@ def _relay_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any) -> tupl
     return rows + columns, 1, 1
 
 
+def _siblings_grid(tokens: Any, features: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """The tiles of all layers, which each take BLOCK_M tokens."""
+    return cdiv(tokens, meta["BLOCK_M"]) * meta["TILES"], 1, 1
+
+
 def _tail_tma_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Any, int, int]:
     """At most as many programs as the device has processors, each of which takes tile after tile."""
     return min(_tail_grid(tokens, m, meta, cdiv=cdiv)[0], meta["PROGRAMS"]), 1, 1
@@ -35,6 +40,8 @@ def _tail_tma_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any, min:
 
 GRIDS: dict[str, Callable[..., tuple[Any, int, int]]] = {
     "relay": _relay_grid,
+    "siblings_head": _siblings_grid,
+    "siblings_tail": _siblings_grid,
     "tail": _tail_grid,
     "tail_gemv": _tail_grid,
     "tail_tma": _tail_tma_grid,

@@ -79,14 +79,14 @@ class CpuBuffers(Buffers):
 
 def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
     """Whether the layer of a site has so few tokens that one call with all of it is faster."""
-    factors, tokens = site.factors, _tokens(site.node.all_input_nodes[0])
+    factors, tokens = site.factors, tokens_of(site.node.all_input_nodes[0])
     if not buffers.kernels or not isinstance(factors, PifaFactors) or tokens is None:
         return False
     plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
     return plain and few_tokens.serves(tokens, factors.dtype, packed=buffers.packed)
 
 
-def _tokens(x: fx.Node) -> int | None:
+def tokens_of(x: fx.Node) -> int | None:
     """The number of tokens in the value of a node, None where it is unknown or symbolic."""
     value = _torch.fake_value(x)
     if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
@@ -156,6 +156,8 @@ def write_output(
     """
     old, factors = sites[0].node, sites[0].factors
     assert isinstance(factors, PifaFactors)
+    for site in sites:
+        site.order_taken = True
     whole = _Rows(y_p, y_np, factors.gather_order, factors.rank, _pays_to_merge(old, factors, buffers))
     dimensions = dimensions_of(old) or dimensions_of(old.all_input_nodes[0])
     parts = {user: part for user in old.users if (part := _part_read_by(user, whole)) is not None}
@@ -250,7 +252,7 @@ def _in_order(graph: fx.Graph, rows: _Rows, bias: fx.Node | None, dimensions: in
 
 def _pays_to_merge(old: fx.Node, factors: PifaFactors, buffers: CpuBuffers) -> bool:
     """Whether the kernel that merges both parts can be had and has enough to do."""
-    tokens, m = _tokens(old.all_input_nodes[0]), factors.shape[0]
+    tokens, m = tokens_of(old.all_input_nodes[0]), factors.shape[0]
     enough = tokens is None or tokens * m >= MERGED
     return buffers.kernels and enough and factors.rank < m and merge.available(output_dtype(old, factors.pivot_rows))
 

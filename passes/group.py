@@ -1,4 +1,6 @@
-"""On CPU, one first product for sibling layers, which read the same input (q, k and v; gate and up).
+"""Sibling layers, which read the same input (q, k and v; gate and up), together.
+
+On CPU they get one first product:
 
     before   y_1 = pifa::linear(x, P_1, C_1, order_1); y_2 = pifa::linear(x, P_2, C_2, order_2)
     after    y_p = linear(x, cat([P_1, P_2]))
@@ -12,6 +14,14 @@ call already, see ``decompose.py``.
 
 It saves calls, so it pays where calls cost most. q, k, v of width 384 at rank 112, float32, two cores, of the time of
 dense: 0.95 apart and 0.85 grouped for one token, 0.86 and 0.81 for 16, 0.71 and 0.70 for 64.
+
+On CUDA, siblings that read a few tokens become one operator of two launches, see ``kernels/siblings.py``:
+
+    after    y = pifa::siblings(x, [P_1, P_2], [C_1, C_2], [order_1, order_2])
+             y_1 = y.narrow(-1, 0, m_1) + b_1; y_2 = y.narrow(-1, m_1, m_2) + b_2
+
+It takes the factors as they are, so that prepared layers are grouped as well. In the graph of many tokens, or of any
+number of them, each layer keeps its operator, into whose one launch more of what follows can be fused.
 """
 
 from __future__ import annotations
@@ -25,29 +35,76 @@ from torch import Tensor, fx
 
 from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
-from pifa_compile.kernels import op
+from pifa_compile.kernels import op, siblings
 from pifa_compile.loaded import derived
-from pifa_compile.passes.decompose import CpuBuffers, has_few_tokens, last_features, write_output
-from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of
+from pifa_compile.passes.decompose import CpuBuffers, has_few_tokens, last_features, tokens_of, write_output
+from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument, in_place_of, take_place
 from pifa_compile.passes.replace import output_dtype
 
 
 def group(gm: fx.GraphModule, context: Context) -> PassResult:
-    """Spell out all siblings of the graph with one first product; layers without a sibling stay as they are."""
+    """Take all siblings of the graph together; layers without a sibling stay as they are."""
     buffers = CpuBuffers(gm, context)
     operators: dict[fx.Node, list[LinearSite]] = {}
     for site in context.plan.sites:
         factors = site.factors
-        if isinstance(factors, PifaFactors) and _can_join(site, factors) and not has_few_tokens(site, buffers):
+        if isinstance(factors, PifaFactors) and _can_join(site, factors):
             operators.setdefault(site.node, []).append(site)
-    families: dict[tuple[fx.Node, torch.dtype, fx.Node | None], list[Sequence[LinearSite]]] = {}
-    for node, sites in operators.items():
-        own = argument(node, 1, "pivot_rows") if sites[0].prepared else None
-        families.setdefault((_source(node.all_input_nodes[0]), _factors(sites).dtype, own), []).append(sites)
-    siblings = [found for found in families.values() if len(found) > 1 and not _written_between(found)]
-    for found in siblings:
-        _join(found, buffers)
-    return PassResult(len(families), len(siblings))
+    together = {"cpu": _families_on_cpu, "cuda": _families_on_cuda}
+    join = {"cpu": _join, "cuda": _in_one_operator}
+    matched = changed = 0
+    for kind, find in together.items():
+        found = find([sites for sites in operators.values() if _device(_factors(sites)).type == kind], buffers)
+        siblings = [family for family in found if len(family) > 1 and not _written_between(family)]
+        for family in siblings:
+            join[kind](family, buffers)
+        matched += len(found)
+        changed += len(siblings)
+    return PassResult(matched, changed)
+
+
+#: Layers that read the same input: of each operator all sites.
+Family = list[Sequence[LinearSite]]
+
+
+def _families_on_cpu(operators: Sequence[Sequence[LinearSite]], buffers: CpuBuffers) -> Sequence[Family]:
+    families: dict[object, Family] = {}
+    for sites in operators:
+        if not has_few_tokens(sites[0], buffers):
+            node = sites[0].node
+            own = argument(node, 1, "pivot_rows") if sites[0].prepared else None
+            families.setdefault((_source(node.all_input_nodes[0]), _factors(sites).dtype, own), []).append(sites)
+    return list(families.values())
+
+
+def _families_on_cuda(operators: Sequence[Sequence[LinearSite]], buffers: CpuBuffers) -> Sequence[Family]:
+    """At most ``siblings.MOST`` layers each, of tensors that all are there before the first of them."""
+    families: dict[object, list[Family]] = {}
+    for sites in operators:
+        node, factors = sites[0].node, _factors(sites)
+        tokens, tensors = tokens_of(node.all_input_nodes[0]), _tensors(sites)
+        few = buffers.kernels and tokens is not None and siblings.serves(_device(factors), factors.dtype, tokens)
+        given = all(tensor.op in ("placeholder", "get_attr") for tensor in tensors)
+        if not (few and given and factors.rank < factors.shape[0]):
+            continue
+        found = families.setdefault((_source(node.all_input_nodes[0]), factors.dtype), [[]])
+        taken = {tensor for other in found[-1] for tensor in _tensors(other)}
+        if taken & set(tensors):  # a kernel takes a tensor once
+            continue
+        if len(found[-1]) == siblings.MOST:
+            found.append([])
+        found[-1].append(sites)
+    return [family for found in families.values() for family in found]
+
+
+def _tensors(sites: Sequence[LinearSite]) -> list[fx.Node]:
+    """The pivot rows, coefficients and row order of an operator."""
+    found = [argument(sites[0].node, i, name) for i, name in enumerate(("pivot_rows", "coefficients", "row_order"), 1)]
+    return [node for node in found if node is not None]
+
+
+def _device(factors: PifaFactors) -> torch.device:
+    return factors.device
 
 
 def _factors(sites: Sequence[LinearSite]) -> PifaFactors:
@@ -59,7 +116,7 @@ def _factors(sites: Sequence[LinearSite]) -> PifaFactors:
 
 def _can_join(site: LinearSite, factors: PifaFactors) -> bool:
     plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
-    return plain and site.node.target is op.linear and factors.device.type == "cpu" and site.channel == -1
+    return plain and site.node.target is op.linear and site.channel == -1
 
 
 def _source(x: fx.Node) -> fx.Node:
@@ -80,6 +137,29 @@ def _written_between(family: Sequence[Sequence[LinearSite]]) -> bool:
 
 
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
+
+
+def _in_one_operator(family: Sequence[Sequence[LinearSite]], buffers: CpuBuffers) -> None:
+    """Write one operator in place of the first sibling, and read each layer's output out of it where that stood."""
+    first = family[0][0].node
+    lists = list(zip(*(_tensors(sites) for sites in family), strict=True))
+    for node in (tensor for tensors in lists for tensor in tensors):
+        if node.op == "get_attr":
+            first.prepend(node)
+    with in_place_of(first) as graph:
+        y = graph.call_function(siblings.siblings, (first.all_input_nodes[0], *map(list, lists)))
+    start = 0
+    for sites in family:
+        old, m = sites[0].node, _factors(sites).shape[0]
+        bias = argument(old, 4, "bias")
+        with in_place_of(old) as graph:
+            own = graph.call_function(torch.narrow, (y, -1, start, m))
+            if bias is not None:
+                own = graph.call_function(torch.add, (own, bias))
+        for site in sites:
+            site.node = own
+        take_place(own, old)
+        start += m
 
 
 def _join(family: Sequence[Sequence[LinearSite]], buffers: CpuBuffers) -> None:

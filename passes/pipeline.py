@@ -50,7 +50,7 @@ PIPELINE: tuple[Pass, ...] = (
     ),  # after lookup: factors of the halves, where there are any, come first
     Pass("replace", replace, rewrites=True),  # one operator per layer, whatever form the layer had
     Pass("fold", fold, rewrites=True),  # while every layer is one operator with one order
-    Pass("group", group, rewrites=True),  # CPU only, after fold: what needs no gather any more is not gathered
+    Pass("group", group, rewrites=True),  # after fold: what needs no gather any more is not gathered
     Pass("decompose", decompose, rewrites=True),  # CPU only, before Inductor: its weight packing is a graph pass
     Pass("tidy", tidy, rewrites=True),  # last: it erases what the others left without a reader
 )

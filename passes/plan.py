@@ -39,6 +39,7 @@ class LinearSite:
     folded   whether this is such a first half: it counts with the second
     rows     where its rows begin and end in factors that it shares with other layers; None where they are its own
     shares_pivots  whether the pivot rows it came with were counted with a layer before it
+    order_taken  whether its row order is in the graph as constants, and no longer as its own tensor
     bias_taken  whether the graph holds the bias in another order, so that the layer's own must stay as it is
     """
 
@@ -61,6 +62,7 @@ class LinearSite:
     folded: bool = False
     rows: tuple[int, int] | None = None
     shares_pivots: bool = False
+    order_taken: bool = False
     bias_taken: bool = False
 
     @property
@@ -127,7 +129,7 @@ class Plan:
     def watched(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Tensor]:
         """The placeholders whose values the rewritten graph has taken in: they must stay as they are."""
         taken = [site for site in self.sites if site.factors is not None]
-        nodes = [node for site in taken for node in (site.weight, site.row_order)]
+        nodes = [node for site in taken for node in (site.weight, site.row_order if site.order_taken else None)]
         for site in taken:
             if site.inner is not None:  # both biases were folded too
                 nodes += [site.inner.weight, site.inner.bias, site.bias]

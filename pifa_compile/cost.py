@@ -50,8 +50,8 @@ _FIRST, _SECOND = _product("first", R, N_IN), _product("second", M - R, R)
 #: The order of int32 is turned into positions of int64, in two kernels.
 _POSITIONS = (Step("places", 8 * M, NONE, NONE), Step("positions", 20 * M, NONE, NONE))
 
-#: All of a layer in one call on a CPU. Measured, it takes as long as its bytes and its sums, at the highest rate of
-#: float32, together, and not as the longer of the two.
+#: All of a layer in one call on a CPU. Measured, it takes as long as its bytes and its sums together, and not as the
+#: longer of the two; sums at the highest rate of float32, and of bfloat16 two at a time.
 FEW_TOKENS = "few tokens"
 
 #: The steps of every form. On a CPU: ``dense``, ``pair``, ``pifa`` and ``pifa folded``, whose order went into its
@@ -114,7 +114,8 @@ def time(form: str, N: int, m: int, n: int, r: int, dtype: str, profile: Profile
     sizes, rate = (N, m, n, r, ITEMS[dtype]), profile.rate(dtype, N)
     if form == FEW_TOKENS:
         read, sums = work(form, N, m, n, r, dtype)
-        return read / profile.bandwidth + sums / profile.peak("float32") + profile.call
+        rate = profile.peak("float32") * (2 if dtype == "bfloat16" else 1)
+        return read / profile.bandwidth + sums / rate + profile.call
     total = 0.0
     for moved, flop, gathered in _functions(form):
         parts = moved(*sizes) / profile.bandwidth, flop(*sizes) / rate, gathered(*sizes) / profile.gather

@@ -43,8 +43,9 @@ def test_time_is_the_slower_of_bytes_and_flop_and_a_call():
 def test_a_layer_in_one_call_takes_its_bytes_and_its_sums():
     N, m, n, r = 2, 1000, 800, 300
     moved, flop = 2 * (r * (m + n - r) + N * (m + n)), 2 * N * r * (m + n - r)
-    taken = cost.time(cost.FEW_TOKENS, N, m, n, r, "bfloat16", MACHINE)
-    assert taken == pytest.approx(moved / 1e10 + flop / 1e11 + 1e-5)
+    for dtype, size, rate in (("float32", 2, 1e11), ("bfloat16", 1, 2e11)):
+        taken = cost.time(cost.FEW_TOKENS, N, m, n, r, dtype, MACHINE)
+        assert taken == pytest.approx(size * moved / 1e10 + flop / rate + 1e-5)
     assert cost.work(cost.FEW_TOKENS, N, m, n, r, "bfloat16") == (moved, flop)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pifa_compile import _torch
 from pifa_compile.kernels.few_tokens import few_tokens, most_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,3 +87,17 @@ def test_what_does_not_fit_is_refused():
 def test_it_is_a_proper_operator():
     factors, _ = layer(12, 9, 5, torch.float32)
     torch.library.opcheck(few_tokens, (torch.randn(3, 9), *factors))
+
+
+@pytest.mark.parametrize(("flags", "most"), [
+    ({"avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16"}, (16, 3, 8)),
+    ({"avx512f", "avx512_bf16"}, (32, 32, 512)),
+    ({"avx512f"}, (32, 2, 512)),
+    ({"avx2", "f16c"}, (8, 2, 2)),
+    (set(), (8, 2, 0)),
+])  # fmt: skip
+def test_the_processor_decides_how_many_tokens_are_few(flags, most, monkeypatch):
+    monkeypatch.setattr(_torch, "cpu_instructions", lambda: frozenset(flags))
+    assert tuple(map(most_tokens, DTYPES)) == most
+    assert all(most_tokens(dtype, packed=True) <= most_tokens(dtype) for dtype in DTYPES)
+    assert most_tokens(torch.float64) == 0

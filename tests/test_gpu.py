@@ -17,6 +17,7 @@ import pifa_compile
 from pifa_compile.kernels import kernel_forms as forms
 from pifa_compile.kernels import lowering, tile_tables
 from pifa_compile.kernels.op import linear
+from pifa_compile.kernels.siblings import siblings
 from pifa_compile.modules import PifaLinear
 
 pytestmark = [
@@ -66,6 +67,20 @@ def test_every_form_is_right_with_what_reads_it(form, dtypes, tokens, shape, in_
         y = compiled(x, p, c, order, bias, other)
     exact = F.silu(oracle(x, p, c, order) + bias.double()) * other.double()
     assert relative(y, exact) < BOUNDS[dtypes[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_siblings_are_right_with_what_reads_them(tokens, dtype, relative):
+    lowering.register()
+    sizes = [(512, 160), (300, 33), (1024, 208)]
+    layers = [factors(m, 256, r, dtype) for m, r in sizes]
+    lists = [list(tensors) for tensors in zip(*layers, strict=True)]
+    compiled = torch.compile(lambda x, *lists: F.silu(siblings(x, *lists)), fullgraph=True)
+    x = torch.randn(tokens, 256, device="cuda").to(dtype)
+    with torch.no_grad():
+        y = compiled(x, *lists)
+    assert relative(y, F.silu(torch.cat([oracle(x, *layer) for layer in layers], -1))) < BOUNDS[dtype]
 
 
 RELAY = """

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import pifa_compile
 from pifa_compile import Svd
+from pifa_compile.kernels.few_tokens import most_tokens
 
 
 class Block(nn.Module):
@@ -75,6 +76,28 @@ def test_more_blocks_of_one_class_than_dynamo_recompiles_a_function(model, regio
     for _ in range(2):
         assert torch.allclose(compiled(x), exact, atol=1e-5)
     assert counters["pifa"]["replaced"] == 24
+
+
+@pytest.mark.skipif(not most_tokens(torch.float32), reason="no kernel for few tokens here")
+@torch.no_grad()
+def test_prepared_blocks_share_code_where_no_order_is_in_it(model):
+    """With few tokens, factors are inputs of the graph, as dense weights are; an order that was spelled out is not."""
+    prepared = pifa_compile.apply_(copy.deepcopy(model))
+    prepared.blocks = nn.ModuleList(copy.deepcopy(prepared.blocks[0]) for _ in range(3))  # of equal ranks
+    for layer in (layer for block in prepared.blocks for layer in (block.up, block.down)):
+        layer.pivot_rows.normal_()
+        layer.row_order.copy_(torch.randperm(layer.out_features))
+        layer.gather_order.copy_(torch.argsort(layer.row_order))
+    calls = {tokens: torch.randn(tokens, 48) for tokens in (1, 700)}
+    wanted = {tokens: prepared(x) for tokens, x in calls.items()}
+    for tokens, compilations in ((1, 1), (700, len(prepared.blocks))):
+        torch._dynamo.reset()
+        counters.clear()
+        for block in prepared.blocks:
+            block.compile(backend="pifa", dynamic=False)
+        for _ in range(2):
+            assert torch.allclose(prepared(calls[tokens]), wanted[tokens], rtol=1e-4)
+        assert counters["stats"]["unique_graphs"] == compilations
 
 
 @torch.no_grad()

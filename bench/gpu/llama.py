@@ -4,6 +4,7 @@ measured, and every call can be captured in a CUDA graph."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class Model(nn.Module):
         self.register_buffer("sin", angles.sin().to(dtype))
         self.requires_grad_(False)
 
-    def compile_blocks(self, backend: str) -> None:
+    def compile_blocks(self, backend: Any) -> None:
         """Compile the forward of all blocks; they share one compilation, because their weights are inputs of it."""
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True, dynamic=False)

@@ -17,6 +17,8 @@ from pifa_compile.backend import pifa
 Row = dict[str, Any]
 DENSITIES = (None, 0.5625, 0.55)
 CACHE = 512  # tokens that a decoding step attends to
+#: The backend itself, as users call it; a rehearsal on the CPU stops before C++ is compiled.
+OURS = {"cuda": pifa, "cpu": functools.partial(pifa, options={"inner": "eager"})}
 
 
 def name(density: float | None) -> str:
@@ -41,12 +43,13 @@ def model_rows(density: float | None, batches: tuple[int, ...], prefill: int, de
 
 def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: torch.dtype, device: str) -> Row:
     _forget(device)
+    backend = inductor(device) if density is None else OURS[device]
     with torch.device(device), torch.no_grad():
         model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, density, dtype, device).eval()
         words = torch.randint(shape.vocabulary, (batch, tokens))
         position = torch.arange(tokens) + (0 if tokens > 1 else model.tokens - 1)
         expected = model(words, position)
-        model.compile_blocks(inductor(device))
+        model.compile_blocks(backend)
         error = relative(model(words, position), expected)
         seconds = seconds_per_call([functools.partial(model, words, position)], device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
@@ -62,13 +65,12 @@ def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: 
 
 
 def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
-    """One block at each density, the compressed ones through the backend itself, as users call it."""
-    ours = functools.partial(pifa, options=None if device == "cuda" else {"inner": "eager"})
+    """One block at each density, the compressed ones through the backend itself."""
     shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
     found = []
     for density in DENSITIES:
         row: Row = {"model": f"{shape.name} block", "way": name(density), "tokens": tokens, "dtype": str(dtype)[6:]}
-        backend = inductor(device) if density is None else ours
+        backend = inductor(device) if density is None else OURS[device]
         try:
             torch.compiler.reset()
             with torch.device(device), torch.no_grad():

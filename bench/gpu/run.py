@@ -41,7 +41,8 @@ def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
     for density in models.DENSITIES:
         batches, prefill = ((2,), 16) if tiny else ((1, 16), 2048)
         yield "models", 60, partial(models.model_rows, density, batches, prefill, device, tiny)
-    yield "blocks", 45, partial(models.block_rows, 16 if tiny else 2048, device, tiny)
+    for tokens in (16,) if tiny else (2048, 1):
+        yield "blocks", 45, partial(models.block_rows, tokens, device, tiny)
     yield "factorization", 40, partial(factoring.rows, device, tiny)
     w, shares = (64, (0.5,)) if tiny else (4096, (0.5, 0.25, 0.75, 0.1, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9))
     yield from layer("ranks", squares(w, shares), (4,) if tiny else (1, 2048), dtype)

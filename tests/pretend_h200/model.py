@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,14 +12,17 @@ from torch import Tensor, fx, nn
 
 from pifa_compile import backend
 from pifa_compile.kernels import lowering
-from pifa_compile.passes import pipeline
+from pifa_compile.passes import group, pipeline
+from pifa_compile.passes.plan import Context, PassResult
 from pretend_h200.codegen import generate
+from pretend_h200.device import pretend_h200
 
 
 def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> tuple[fx.GraphModule, list[Any]]:
     """The graph that the backend hands to Inductor, were the model on CUDA, and its inputs.
 
-    The passes run on the real weights, on the CPU; ``group`` and ``decompose`` are left out, which are for the CPU.
+    The passes run on the real weights, on the CPU; ``group`` is told that they are on the card; ``decompose`` is for
+    the CPU and left out.
     """
     taken: list[tuple[fx.GraphModule, list[Any]]] = []
 
@@ -26,11 +30,20 @@ def graph_on_cuda(model: nn.Module, inputs: Sequence[Tensor], **options: Any) ->
         taken.append((gm, given))
         return gm.forward
 
-    steps = tuple(step for step in pipeline.PIPELINE if step.name not in ("group", "decompose"))
+    steps = tuple(
+        replace(step, run=_group_on_cuda) if step.name == "group" else step
+        for step in pipeline.PIPELINE
+        if step.name != "decompose"
+    )
     with mock.patch.object(pipeline, "PIPELINE", steps), mock.patch.object(backend, "_compile_inner", keep):
         torch.compile(model, backend=backend.pifa, options=options, fullgraph=True)(*inputs)
     ((gm, given),) = taken
     return gm, given
+
+
+def _group_on_cuda(gm: fx.GraphModule, context: Context) -> PassResult:
+    with pretend_h200(), mock.patch.object(group, "_device", lambda _: torch.device("cuda", 0)):
+        return group.group(gm, context)
 
 
 def program_of(gm: fx.GraphModule, given: Sequence[Any], **settings: Any) -> str:

@@ -1,0 +1,237 @@
+"""Layers that read the same few tokens on CUDA: the operator, its two kernels, and the pass that makes it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pretend_h200.codegen import fake, generate, kernels, launches
+from pretend_h200.cubin import compile_kernel
+from pretend_h200.interpreter import Launch, interpret
+from pretend_h200.model import graph_on_cuda, program_of
+from torch import nn
+
+import pifa_compile
+from pifa_compile.kernels import lowering
+from pifa_compile.kernels import tile_tables as tiles
+from pifa_compile.kernels.op import linear
+from pifa_compile.kernels.siblings import MOST, TEMPLATES, siblings
+from pifa_compile.kernels.triton_templates import GRIDS
+
+TABLES = {path.stem: tiles.read(path) for path in sorted(tiles.FOLDER.glob("*.json"))}
+TILES = [(name, tile) for name, table in TABLES.items() for tile in table.tiles if tile.template in TEMPLATES]
+IDS = [f"{name}-{t.template}-{'x'.join(map(str, t.constants.values()))}-{t.span.dtypes[0]}" for name, t in TILES]
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
+SHAPES = [  # n, then m and r of each layer
+    (70, [(100, 16), (90, 33)]),
+    (520, [(129, 128), (40, 16), (64, 1)]),
+    (64, [(33, 32)] * MOST),
+]
+
+
+def random_layers(n, sizes, dtype, tokens=2):
+    """x and the factors of each layer: pivot rows, coefficients, row order."""
+    generator = torch.Generator().manual_seed(n + tokens)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    orders = [torch.randperm(m, generator=generator).int() for m, _ in sizes]
+    layers = [(numbers(r, n) / n**0.5, numbers(m - r, r), order) for (m, r), order in zip(sizes, orders, strict=True)]
+    return numbers(tokens, n), layers
+
+
+def in_lists(layers):
+    return [list(tensors) for tensors in zip(*layers, strict=True)]
+
+
+def exact(x, layers):
+    """The output of the operator in float64."""
+    found = []
+    for p, c, order in layers:
+        y_p = x.double() @ p.double().T
+        y = torch.empty(*x.shape[:-1], len(order), dtype=torch.float64)
+        y[..., order.long()] = torch.cat([y_p, y_p @ c.double().T], -1)
+        found.append(y)
+    return torch.cat(found, -1)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("n", "sizes"), SHAPES)
+def test_the_operator_is_its_layers_side_by_side(n, sizes, dtype, relative):
+    x, layers = random_layers(n, sizes, dtype)
+    assert relative(siblings(x, *in_lists(layers)), exact(x, layers)) < TOLERANCE[dtype]
+    torch.library.opcheck(siblings, (x, *in_lists(layers)), test_utils=("test_schema", "test_faketensor"))
+
+
+def only(tile):
+    """A table with ``tile`` alone of its template, for every call, and some tile of the other one."""
+    always = tiles.Span(("float16", "bfloat16", "float32"), 1, None)
+    (other,) = {*TEMPLATES} - {tile.template}
+    rows = (tile, next(t for _, t in TILES if t.template == other))
+    return tiles.use_table(replace(TABLES["safe"], tiles=tuple(replace(row, span=always) for row in rows)))
+
+
+def program_for(tokens, n, sizes, dtype, then=lambda y: y):
+    k = len(sizes)
+
+    def given():
+        lowering.register()
+        rows, others = [(r, n) for _, r in sizes], [(m - r, r) for m, r in sizes]
+        orders = [fake(m, dtype=torch.int32) for m, _ in sizes]
+        return [*(fake(*shape, dtype=dtype) for shape in [(tokens, n), *rows, *others]), *orders]
+
+    return generate(lambda x, *f: then(siblings(x, list(f[:k]), list(f[k : 2 * k]), list(f[2 * k :]))), given)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
+def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
+    dtype = getattr(torch, tile.span.dtypes[-1])
+    with only(tile):
+        program = program_for(tile.span.last, 4096, [(4096, 1392)] * 3, dtype, then=F.silu)
+    kernel = kernels(program)[TEMPLATES.index(tile.template)]
+    cubin = compile_kernel(kernel)
+    assert cubin.spills == 0
+    assert cubin.registers <= 65536 // (32 * tile.warps)
+    assert cubin.shared_bytes <= (100 << 10 if table == "safe" else 227 << 10)
+    if tile.constants["BLOCK_M"] == 1:
+        assert cubin.mma == cubin.wgmma == 0
+        assert len(re.findall(r"LDG\.E\S*\.128", cubin.sass)) >= 12  # 16-byte loads, several under way in each layer
+    else:
+        assert cubin.mma > 0 and cubin.async_copies > 0
+        assert not [line for line in cubin.sass.splitlines() if "LDGSTS" in line and ".128" not in line]
+
+
+def launch_of(tile, x, layers):
+    """The launch of one of the two kernels on random numbers, its output poisoned, and what it must give."""
+    (tokens, n), sizes = x.shape, [(len(order), len(p)) for p, _, order in layers]
+    with only(tile):
+        kernel = kernels(program_for(tokens, n, sizes, x.dtype))[TEMPLATES.index(tile.template)]
+    rows, coefficients, orders = in_lists(layers)
+    y_p = torch.cat([x @ p.T for p in rows], -1)
+    block, features = tile.constants["BLOCK_N"], sum(m for m, _ in sizes)
+    count = sum(-(-r // block) for _, r in sizes)
+    if tile.template == "siblings_head":
+        given, wanted = [x, *rows], torch.cat([x.double() @ p.double().T for p in rows], -1)
+    else:
+        count += sum(-(-(m - r) // block) for m, r in sizes)
+        given, wanted = [y_p, *coefficients, *orders], torch.empty(tokens, features, dtype=torch.float64)
+        left = right = 0
+        for c, order in zip(coefficients, orders, strict=True):
+            own = y_p[:, left : left + c.shape[1]].double()
+            wanted[:, right + order.long()] = torch.cat([own, own @ c.double().T], -1)
+            left, right = left + c.shape[1], right + len(order)
+    meta = {**tile.constants, "TILES": count}
+    grid = GRIDS[tile.template](tokens, features, meta, cdiv=lambda a, b: -(-a // b))
+    return Launch(kernel, [*given, torch.full(wanted.shape, torch.nan, dtype=x.dtype)], grid), wanted
+
+
+def test_every_tile_computes_the_whole_output_on_odd_shapes(relative):
+    cases = []
+    for (i, (_, tile)), tokens in itertools.product(enumerate(TILES), (1, 2, 3, 11, 16)):
+        if tile.span.holds(tile.span.dtypes[0], tokens):
+            dtype = getattr(torch, tile.span.dtypes[tokens % len(tile.span.dtypes)])
+            cases.append((tile, dtype, *launch_of(tile, *random_layers(*SHAPES[(i + tokens) % 3], dtype, tokens))))
+    assert {tile.template for tile, *_ in cases} == set(TEMPLATES)
+    for (tile, dtype, _, wanted), (arguments,) in zip(cases, interpret([[c[2]] for c in cases]), strict=True):
+        assert relative(arguments[-1], wanted) < TOLERANCE[dtype], (tile, wanted.shape)
+
+
+# --- the pass --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=2, use_cache=False, attn_implementation="sdpa", **sizes)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).bfloat16().eval()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_decoding_llama_has_nine_launches_a_block_for_its_linear_layers(llama, prepared, tmp_path):
+    words = torch.randint(512, (1, 1))
+    with torch.no_grad():
+        options = {"density": 0.6, "calibrate": "none", "store": tmp_path}
+        if prepared:
+            options, llama = {}, copy.deepcopy(llama)
+            pifa_compile.compress(llama, pifa_compile.Svd(density=0.6), store=tmp_path, progress=False)
+            pifa_compile.apply_(llama, store=tmp_path)
+        gm, given = graph_on_cuda(llama, [words], **options)
+    targets = Counter(node.target for node in gm.graph.nodes)
+    assert targets[siblings] == 4 and targets[linear] == 4  # q, k, v; gate, up; and o, down
+    program = program_of(gm, given)
+    heads = [k.name for k in kernels(program) if "arg_P0" in k.signature]
+    tails = [k.name for k in kernels(program) if "arg_ROW_ORDER" in k.signature or "arg_O0" in k.signature]
+    count = Counter(launches(program))
+    assert sum(count[name] for name in heads) == 4
+    assert sum(count[name] for name in tails) == 8
+    assert not re.search(r"^\s+buf.* = torch.ops.pifa", program, re.M)
+
+
+class Three(nn.Module):
+    """Layers of different sizes over one input; with ``change``, that is written in between."""
+
+    def __init__(self, number=3, bias=True, change=False):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 40 + 8 * i, bias) for i in range(number))
+        self.change = change
+
+    def forward(self, x):
+        x = x * 1.0
+        first = self.layers[0](x)
+        if self.change:
+            x.add_(1.0)
+        return [first, *(layer(x) for layer in self.layers[1:])]
+
+
+def grouped(model, x, tmp_path, **options):
+    """The graph on CUDA, and its outputs by the operators' own reference."""
+    with torch.no_grad():
+        gm, given = graph_on_cuda(model, [x], density=0.6, calibrate="none", store=tmp_path, **options)
+        return gm, gm(*given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 4, 48)])
+def test_siblings_become_one_operator_that_gives_what_they_gave(shape, bias, tmp_path, relative):
+    model, x = Three(bias=bias).bfloat16(), torch.randn(shape).bfloat16()
+    gm, found = grouped(model, x, tmp_path)
+    assert [node.target for node in gm.graph.nodes].count(siblings) == 1
+    wanted = pifa_compile.restore_(pifa_compile.apply_(model, store=tmp_path)).double()(x.double())
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape and relative(one, other) < 2e-2
+
+
+def operators(gm):
+    return Counter(node.target for node in gm.graph.nodes if node.target in (siblings, linear))
+
+
+def test_what_cannot_be_together_stays_apart(tmp_path):
+    x = torch.randn(1, 48).bfloat16()
+    many, _ = grouped(Three().bfloat16(), torch.randn(64, 48).bfloat16(), tmp_path)
+    assert operators(many) == {linear: 3}  # for many tokens
+    written, _ = grouped(Three(change=True).bfloat16(), x, tmp_path)
+    assert operators(written) == {linear: 3}  # what they read is written in between
+    exact_float, _ = grouped(Three(), x.float(), tmp_path)
+    assert operators(exact_float) == {linear: 3}  # no tiles for float32 without TF32
+    eager, _ = grouped(Three().bfloat16(), x, tmp_path, inner="eager")
+    assert operators(eager) == {linear: 3}  # without a compiler
+    five, _ = grouped(Three(number=5).bfloat16(), x, tmp_path)
+    assert operators(five) == {siblings: 1, linear: 1}  # four at most
