@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pifa_compile._torch import inductor
+from pifa_compile._torch import inductor, untraced
 from pifa_compile.kernels import relay, siblings, tail
 from pifa_compile.kernels.kernel_forms import Call, form_for
 from pifa_compile.kernels.op import linear
@@ -27,10 +27,11 @@ aten = torch.ops.aten
 
 @functools.cache
 def register() -> None:
-    """Give Inductor the lowerings; safe to call often."""
-    inductor().register(linear, lower_linear)
-    inductor().register(siblings.siblings, siblings.lower)
-    tail.register()
+    """Give Inductor the lowerings; safe to call often, and while something is traced."""
+    with untraced():
+        inductor().register(linear, lower_linear)
+        inductor().register(siblings.siblings, siblings.lower)
+        tail.register()
 
 
 def lower_linear(

@@ -87,6 +87,11 @@ def _fake(
     aligned: int = 1,
 ) -> Tensor:
     _check(x, pivot_rows, coefficients, row_order, bias)
+    # Whoever traces the operator may give the graph to Inductor. To import that takes seconds and 50 MB, which nobody
+    # should pay who only loads a prepared model.
+    from pifa_compile.kernels import lowering
+
+    lowering.register()
     return x.new_empty((*x.shape[:-1], row_order.shape[0]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pifa_compile import _torch
 from pifa_compile.digest import digest_many
 from pifa_compile.passes.plan import Context, LinearSite, PassResult
 from pifa_compile.staleness import weight_state
@@ -15,6 +16,7 @@ from pifa_compile.store import Run
 
 UNKNOWN = "no factors: the weight is not in run {run}; compress the whole model, or give a density"
 NO_RUN = "no factors: no compression run fits; run pifa_compile.compress(model, ...) first, or give a density"
+PREPARED = "dense in a model that has its factors already; name a run, or give a density, to replace it too"
 
 
 def lookup(gm: fx.GraphModule, context: Context) -> PassResult:
@@ -23,6 +25,11 @@ def lookup(gm: fx.GraphModule, context: Context) -> PassResult:
     sites = list(plan.weights().values())
     if not sites:
         return PassResult(0, 0)
+    if _is_prepared(context) and context.settings.run is None and context.settings.density is None:
+        # What its own run left dense stays so: another run of the store may have factors of it, of another density.
+        for site in plan.sites:
+            site.reason = PREPARED if site.open else site.reason
+        return PassResult(len(sites), 0, plan.skipped())
     digests = dict(zip((s.weight for s in sites), weight_digests([s.parameter for s in sites]), strict=True))
     for site in plan.sites:
         site.digest = digests.get(site.weight) if site.open else None
@@ -31,6 +38,12 @@ def lookup(gm: fx.GraphModule, context: Context) -> PassResult:
         if site.open:
             _fill(site, plan.run)
     return PassResult(len(sites), 0, plan.skipped())
+
+
+def _is_prepared(context: Context) -> bool:
+    """Whether layers of the graph came with factors of their own."""
+    sites = context.plan.sites
+    return any(s.prepared or _torch.innermost_module(s.node) in ("PifaLinear", "PairLinear") for s in sites)
 
 
 def weight_digests(weights: Sequence[Tensor | None]) -> list[str]:

@@ -329,6 +329,13 @@ class InductorLowering:
         return self._lowering.lowerings[torch.ops.prims.iota](length, **settings)
 
 
+def untraced() -> AbstractContextManager[object]:
+    """Inside, tensors are real also where somebody traces: modules are imported, and may make some."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 @functools.cache
 def inductor() -> InductorLowering:
     """The lowering interface, imported on first use: that takes two seconds."""

@@ -15,14 +15,14 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pifa_compile.errors import DamagedError, InputError, OptionError, PifaError, RecipeError
 from pifa_compile.plain_json import plain_json
+from pifa_compile.quiet import errors_only
 
 DONE, FAILED, USAGE, UNVERIFIED = range(4)
 INTERRUPTED = 128 + 2  # as shells have it: 128 and the number of SIGINT
@@ -228,7 +228,6 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from pifa_compile.loading import load_model
     from pifa_compile.quality import Reading, evaluate, find_runs, is_factored, keep_figures
     from pifa_compile.store import Store
     from pifa_compile.texts import STANDARD_LIBRARY, read_text, standard_library_docstrings
@@ -238,24 +237,19 @@ def _eval(options: argparse.Namespace) -> int:
     stores = [Store(place) for place in options.store or [None]]
     texts = {str(place): read_text(place) for place in options.text or []}
     _quiet()
-    place, dtype = _device(options.device), _dtype(options.dtype)
-    model, tokenizer = load_model(options.model, dtype)
-    dense = None if options.dense is None else load_model(options.dense, dtype, need_tokenizer=False)[0].to(place)
-    if dense is not None and (is_factored(dense) or not is_factored(model)):
-        wrong = options.dense if is_factored(dense) else options.model
-        raise OptionError(f"--dense names the dense model beside one that has its factors; see {wrong}")
-    model, base = model.to(place), model if dense is None else dense
-    if is_factored(base) and options.run:
-        raise OptionError(f"{options.model} has its factors already; leave out --run, or name the model with --dense")
-    runs = find_runs(base, stores, options.run or [])
-    if is_factored(base):
-        _warn(f"{options.model} has its factors already; --dense MODEL compares it with the dense model and its runs")
-    elif not runs:
+    name, place = options.dense or options.models[0], _device(options.device)
+    model, tokenizer, factored = _models_of_a_table(options, place)
+    if is_factored(model) and options.run:
+        raise OptionError(f"{name} has its factors already; leave out --run, or name the model with --dense")
+    runs = find_runs(model, stores, options.run or [])
+    if is_factored(model):
+        _warn(f"{name} has its factors already; --dense MODEL compares it with the dense model and its runs")
+    elif not runs and not factored:
         places = ", ".join(str(store.root) for store in stores)
         _warn(f"no run in {places} was made of this model; only the dense one is measured")
     reading = Reading(options.windows, options.length, options.batch, options.bos)
     texts = texts or {STANDARD_LIBRARY: "\n\n".join(standard_library_docstrings())}
-    given: dict[str, Any] = {"reading": reading, "name": options.model, "dense": dense}
+    given: dict[str, Any] = {"reading": reading, "name": name, "factored": factored, "say": _say}
     if options.tasks is None:
         found = evaluate(model, tokenizer, runs, texts, **given)
     else:
@@ -263,9 +257,29 @@ def _eval(options: argparse.Namespace) -> int:
 
         found = evaluate_tasks(model, tokenizer, runs, options.tasks, texts, limit=options.limit, **given)
         texts = {label: texts.get(label, f"{label}: {how}") for label, how in found.protocol.items()}
-    keep_figures(found, runs, texts, base)
+    keep_figures(found, runs, texts, model)
     _show(options, found.to_json(), found)
     return DONE
+
+
+def _models_of_a_table(options: argparse.Namespace, place: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(the model that the others are compared with, tokenizer, models with factors of their own by their folders)."""
+    from pifa_compile.loading import load_model
+    from pifa_compile.quality import is_factored
+
+    first, *others = dict.fromkeys(options.models)
+    if others and options.dense is None:
+        raise OptionError("several models are compared with their dense one; name it with --dense MODEL")
+    dtype = _dtype(options.dtype)
+    model, tokenizer = load_model(first, dtype)
+    if options.dense is None:
+        return model.to(place), tokenizer, {}
+    dense = load_model(options.dense, dtype, need_tokenizer=False)[0].to(place)
+    loaded = {first: model} | {name: load_model(name, dtype, need_tokenizer=False)[0] for name in others}
+    wrong = [options.dense] * is_factored(dense) + [name for name, each in loaded.items() if not is_factored(each)]
+    if wrong:
+        raise OptionError(f"--dense names the dense model beside those that have their factors; see {wrong[0]}")
+    return dense, tokenizer, {name: each.to(place) for name, each in loaded.items()}
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -342,9 +356,10 @@ def _export(options: argparse.Namespace) -> int:
     else:
         from pifa_compile.program import export_program, save_program
 
-        program = export_program(model, _example(model, tokenizer, batch=2))
+        inputs = _example(model, tokenizer, batch=2)
+        program = export_program(model, inputs)
         out = save_program(program, options.out, compiled=options.format == "aoti")
-        files, how = [out], _LOADERS[options.format]
+        files, how = [out], f"{_LOADERS[options.format]} takes one dictionary of tensors: {', '.join(inputs)}"
     size = sum(path.stat().st_size for path in files)
     facts = {"path": str(out), "format": options.format, "run": run.run_id, "bytes": size}
     _show(options, facts, f"{out}: run {run.run_id}, {size / 1e6:.1f} MB; {how}")
@@ -370,8 +385,8 @@ def _import(options: argparse.Namespace) -> int:
 
 
 _LOADERS = {
-    "pt2": "load it with torch.export.load(...).module()",
-    "aoti": "load it with torch._inductor.aoti_load_package(...)",
+    "pt2": "torch.export.load(...).module()",
+    "aoti": "torch._inductor.aoti_load_package(...)",
 }
 
 
@@ -401,19 +416,7 @@ def _demo(options: argparse.Namespace) -> int:
     return DONE
 
 
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Inside, this package logs errors alone: a benchmark compresses and recompiles all the time."""
-    logger = logging.getLogger("pifa_compile")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@_errors_only()
+@errors_only("pifa_compile")  # a benchmark compresses and recompiles all the time
 def _bench(options: argparse.Namespace) -> int:
     from pifa_compile.bench.kernels import bench_kernels
     from pifa_compile.bench.models import bench_compile, bench_layers, bench_model
@@ -530,7 +533,7 @@ def _parser() -> argparse.ArgumentParser:
     _store(diff)
 
     quality = _command(commands, "eval", _eval, "measure a model on texts, dense and with the factors of each run")
-    _model(quality)
+    _model(quality, several=True)
     which_run = "id of a run, or its beginning; may be repeated (default: every run made of this model)"
     quality.add_argument("--run", action="append", help=which_run)
     text = "text file, UTF-8; may be repeated (default: docstrings of the standard library)"
@@ -539,7 +542,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks += "eval); perplexity is that of --text"
     quality.add_argument("--tasks", type=_names, metavar="A,B", help=tasks)
     quality.add_argument("--limit", type=_count, metavar="N", help="documents of a task at most (default: all)")
-    dense = "the dense model, where MODEL is a folder that `pifa export` wrote: both, and its runs, in one table"
+    dense = "the dense model, where each MODEL is a folder with factors (export, tune and import write them): it, its "
+    dense += "runs and the folders in one table"
     quality.add_argument("--dense", metavar="MODEL", help=dense)
     quality.add_argument("--windows", type=_count, default=256, help="windows, or sentences, at most (default: 256)")
     quality.add_argument("--length", type=_count, help="tokens in a window (default: 256), or in a sentence (64)")
@@ -652,8 +656,11 @@ def _command(commands: Any, name: str, function: _Command, text: str) -> argpars
     return parser
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="directory or Hugging Face id")
+def _model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    if several:
+        parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or Hugging Face id")
+    else:
+        parser.add_argument("model", help="directory or Hugging Face id")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
 
 

@@ -141,7 +141,7 @@ class Difference:
             rows = [_row(pair) for pair in changed]
             yield tabulate(rows, heads, "simple", disable_numparse=True, colalign=align)
         if unchanged := len(self.layers) - len(changed):
-            yield f"{unchanged} layers are the same in both"
+            yield f"{unchanged} {'layer is' if unchanged == 1 else 'layers are'} the same in both"
 
 
 def compare(a: Run, b: Run) -> Difference:

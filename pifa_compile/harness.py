@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,19 @@ from torch import nn
 
 from pifa_compile.errors import InputError
 from pifa_compile.loading import is_causal
-from pifa_compile.quality import Quality, Reading, Variant, given_as, is_factored, misfit, model_density, windows_for
+from pifa_compile.quality import (
+    Quality,
+    Reading,
+    Variant,
+    given_as,
+    is_factored,
+    misfit,
+    model_density,
+    told_apart,
+    told_rows,
+    windows_for,
+)
+from pifa_compile.quiet import errors_only
 from pifa_compile.store import Run, Store
 
 #: The name of the task that is ours.
@@ -36,14 +46,16 @@ def evaluate_tasks(
     limit: int | None = None,
     reading: Reading | None = None,
     name: str = "",
-    dense: nn.Module | None = None,
+    factored: Mapping[str, nn.Module] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Quality:
     """Measure a causal language model on tasks of lm-eval (or their YAML files), dense and compiled with each run.
 
-    texts    by name, what the task ``perplexity`` reads: a row of figures for each, under the text's name
-    limit    documents of a task, or windows of a text, at most
-    reading  of texts; its ``batch`` is that of all tasks
-    dense    the dense model, where ``model`` has its factors already; runs are of it
+    texts     by name, what the task ``perplexity`` reads: a row of figures for each, under the text's name
+    limit     documents of a task, or windows of a text, at most
+    reading   of texts; its ``batch`` is that of all tasks
+    factored  models that have their factors already, by the names of their places: rows beside the dense ``model``
+    say       receives a line before each row is measured
 
     Figures are lm-eval's, "stderr" behind a name its standard error; a filter is named where it is not the only one.
     Raises InputError where lm-eval is missing, for a task that there is not or whose data cannot be loaded, for a run
@@ -51,19 +63,23 @@ def evaluate_tasks(
     """
     if not is_causal(model):
         raise InputError(f"{type(model).__name__} is no causal language model, which tasks are for; leave out --tasks")
-    how, base = reading or Reading(), dense or model
+    how, others = reading or Reading(), factored or {}
     for _, run in runs:
-        if problem := misfit(run, base):
+        if problem := misfit(run, model):
             raise InputError(f"{problem}; name another run, or compress this model first")
-    with _quietly():
-        tests = _Tests(base, tokenizer, tasks, texts, how, limit)
-        variants = [Variant(*given_as(base), tests.measure(_compiled(base) if is_factored(base) else base))]
+    with errors_only("lm_eval"):
+        tests = _Tests(model, tokenizer, tasks, texts, how, limit)
+        measuring = told_rows(runs, others, say)
+        next(measuring)
+        variants = [Variant(*given_as(model), tests.measure(_compiled(model) if is_factored(model) else model))]
         for store, run in runs:
-            found = tests.measure(_compiled(base, run=run.run_id, store=str(store.root)))
-            variants.append(Variant(run.run_id, run.density, model_density(run, base), found))
-        if dense is not None:
-            variants.append(Variant(*given_as(model), tests.measure(_compiled(model))))
-    return Quality(name or type(model).__name__, tests.protocol, variants)
+            next(measuring)
+            found = tests.measure(_compiled(model, run=run.run_id, store=str(store.root)))
+            variants.append(Variant(run.run_id, run.density, model_density(run, model), found))
+        for other in others.values():
+            next(measuring)
+            variants.append(Variant(*given_as(other), tests.measure(_compiled(other))))
+    return Quality(name or type(model).__name__, tests.protocol, told_apart(variants, runs, others))
 
 
 class _Tests:
@@ -161,15 +177,3 @@ def _compiled(model: nn.Module, **options: str) -> nn.Module:
     made = copy.deepcopy(model, shared)
     made.compile(backend="pifa", options=options or None)
     return made
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Inside, lm-eval logs errors alone."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

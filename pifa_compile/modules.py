@@ -20,11 +20,9 @@ from pifa_compile import _torch
 from pifa_compile.factors import Factors, PairFactors, PifaFactors
 from pifa_compile.fingerprint import cache_tag
 from pifa_compile.implied_weight import ImpliedWeight
-from pifa_compile.kernels import lowering
 from pifa_compile.kernels.op import gather_order, linear, two_linears
 from pifa_compile.layers import Layout
 
-lowering.register()
 _torch.add_cache_key_tag(cache_tag())
 
 

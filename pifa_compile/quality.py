@@ -10,8 +10,9 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +64,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Variant:
-    """The model as it was given (dense, as a rule), or with one run.
+    """The model as it was given (dense, as a rule), or with one run, or a model that has its factors already.
 
+    name           "dense", a run's id, or what ``given_as`` says; one of each in a table, see ``told_apart``
     density        numbers kept over those of the replaced layers
     model_density  the same over the whole model
     figures        by text, by figure
@@ -78,9 +80,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Quality:
-    """The dense model first, then every run; ``protocol`` says, by text, how it was read.
+    """The dense model first, then every run, then models that have their factors already, which are never called dense.
 
-    A model that has its factors already is never called dense: it comes last, after the dense one if that was named.
+    ``protocol`` says, by text, how it was read.
     """
 
     model: str
@@ -119,34 +121,53 @@ def evaluate(
     *,
     reading: Reading | None = None,
     name: str = "",
-    dense: nn.Module | None = None,
+    factored: Mapping[str, nn.Module] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Quality:
     """Measure a model on texts (by name), dense and with each run; nothing is compiled, the model stays as it is.
 
-    dense  the dense model, where ``model`` has its factors already (as a folder of ``export`` has); runs are of it
+    factored  models that have their factors already (as a folder of ``export`` has), by the names of their places: rows
+              beside the dense ``model``
+    say       receives a line before each row is measured
 
     Raises InputError for a run that does not know every linear weight of the model, and for a text that is too short.
     """
-    base, how = dense or model, reading or Reading()
+    how, others = reading or Reading(), factored or {}
     for _, run in runs:
-        if problem := misfit(run, base):
+        if problem := misfit(run, model):
             raise InputError(f"{problem}; name another run, or compress this model first")
-    tasks = {label: read_with(base, tokenizer, text, how) for label, text in texts.items()}
-    variants = [_row(base, {label: task.dense for label, task in tasks.items()})]
-    if is_factored(base):  # compared with itself it says nothing
-        if not is_causal(base):
-            cure = "name that with dense= (--dense)"
+    measuring = told_rows(runs, others, say)
+    next(measuring)
+    tasks = {label: read_with(model, tokenizer, text, how) for label, text in texts.items()}
+    variants = [Variant(*given_as(model), {label: task.dense for label, task in tasks.items()})]
+    if is_factored(model):  # compared with itself it says nothing
+        if not is_causal(model):
+            cure = "give that, and this one in factored= (--dense)"
             raise InputError(f"this encoder has its factors already, and is measured against the dense one; {cure}")
         for measured in variants[0].figures.values():
             for key in set(measured) - {"perplexity"}:
                 del measured[key]
     for store, run in runs:
-        variant = with_run(base, store, run)
+        next(measuring)
+        variant = with_run(model, store, run)
         figures = {label: task.measure(variant) for label, task in tasks.items()}
-        variants.append(Variant(run.run_id, run.density, model_density(run, base), figures))
-    if dense is not None:
-        variants.append(_row(model, {label: task.measure(model) for label, task in tasks.items()}))
-    return Quality(name or type(model).__name__, {label: task.protocol for label, task in tasks.items()}, variants)
+        variants.append(Variant(run.run_id, run.density, model_density(run, model), figures))
+    for other in others.values():
+        next(measuring)
+        variants.append(Variant(*given_as(other), {label: task.measure(other) for label, task in tasks.items()}))
+    protocol = {label: task.protocol for label, task in tasks.items()}
+    return Quality(name or type(model).__name__, protocol, told_apart(variants, runs, others))
+
+
+def told_rows(
+    runs: Sequence[tuple[Store, Run]], factored: Mapping[str, nn.Module], say: Callable[[str], object] | None
+) -> Iterator[str]:
+    """The rows of a table, one with each step; ``say`` receives a line for it first: to measure it may take minutes."""
+    names = ["the model", *(run.run_id for _, run in runs), *factored]
+    for number, name in enumerate(names, 1):
+        if say is not None:
+            say(f"measuring {name} ({number} of {len(names)})")
+        yield name
 
 
 def is_factored(model: nn.Module) -> bool:
@@ -155,17 +176,30 @@ def is_factored(model: nn.Module) -> bool:
 
 
 def given_as(model: nn.Module) -> tuple[str, float, float]:
-    """What the model is called, its density, and that of the whole model: dense, or the run and what came after it."""
+    """What the model is called, its density, and that of the whole model: dense, or the run and what became of it."""
     if not is_factored(model):
         return "dense", 1.0, 1.0
     known = getattr(getattr(model, "config", None), "quantization_config", None)
-    name = getattr(known, "run", None) or ("imported" if getattr(known, "imported", None) else "factored")
-    size = size_of(model, describe(model))
-    return name + (", tuned" if getattr(known, "tuned", None) else ""), size.density, size.model_density
+    run, size = getattr(known, "run", None), size_of(model, describe(model))
+    name = run or ("imported" if getattr(known, "imported", None) else "factored")
+    if getattr(known, "tuned", None):
+        name += ", tuned"
+    elif run:  # not to be taken for the run in its store
+        name += ", exported"
+    return name, size.density, size.model_density
 
 
-def _row(model: nn.Module, figures: dict[str, dict[str, float]]) -> Variant:
-    return Variant(*given_as(model), figures)
+def told_apart(
+    variants: Sequence[Variant], runs: Sequence[tuple[Store, Run]], factored: Mapping[str, nn.Module]
+) -> list[Variant]:
+    """The rows of a table (the model's, then those of runs, then of factored models); where several have one name, each
+    says which store or folder it is from."""
+    places = ["", *(f" in {store.root}" for store, _ in runs), *(f" in {place}" for place in factored)]
+    count = Counter(variant.name for variant in variants)
+    return [
+        replace(variant, name=variant.name + place) if count[variant.name] > 1 else variant
+        for variant, place in zip(variants, places, strict=True)
+    ]
 
 
 def keep_figures(
@@ -203,12 +237,14 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float]:
 
 def find_runs(model: nn.Module, stores: Sequence[Store], wanted: Sequence[str] = ()) -> list[tuple[Store, Run]]:
     """Each wanted run (id, or its beginning) from the first store that has it; without any, all finished runs of the
-    stores that know every linear weight of the model. Raises UnknownRunError."""
+    stores that know every linear weight of the model. None comes twice. Raises UnknownRunError."""
     if wanted:
-        return [_first(stores, run_id) for run_id in wanted]
-    digests = [] if is_factored(model) else _digests(model)
-    known = [(store, run) for store in stores for run in store.runs() if run.complete]
-    return [(store, run) for store, run in known if digests and all(d in run.by_digest for d in digests)]
+        found = [_first(stores, run_id) for run_id in wanted]
+    else:
+        digests = [] if is_factored(model) else _digests(model)
+        known = [(store, run) for store in stores for run in store.runs() if run.complete]
+        found = [(store, run) for store, run in known if digests and all(d in run.by_digest for d in digests)]
+    return list({(store.root.resolve(), run.run_id): (store, run) for store, run in found}.values())
 
 
 def _first(stores: Sequence[Store], run_id: str) -> tuple[Store, Run]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -230,7 +229,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 def check_density(density: Any) -> float:
     """The density as a float; raises RecipeError unless it is a number between 0 and 1, both excluded."""
     number = isinstance(density, int | float) and not isinstance(density, bool)
-    if not number or math.isnan(density) or not 0 < density < 1:
+    if not number or not 0 < density < 1:  # which NaN is not, either
         raise RecipeError(
             f"density is {density!r}; it is the fraction of parameters that is kept, a number above 0 and below 1"
             + (" (1 keeps the dense model: leave the density out)" if number and density == 1 else "")

@@ -37,7 +37,10 @@ class CompressionReport:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """The figures of a run as JSON: layers, numbers and bytes of the replaced layers, achieved density."""
+    """The figures of a run as JSON: layers, numbers and bytes of the replaced layers, achieved density.
+
+    Layers that were factored together count one by one. ``seconds`` went into factors; calibration is not among them.
+    """
     taken = [r for r in run.layers if r.object is not None]
     before = sum(r.shape[0] * r.shape[1] for r in taken)
     after = sum(r.numbers for r in taken)
@@ -46,8 +49,8 @@ def run_summary(run: Run) -> dict[str, Any]:
         "model": run.header.model,
         "recipe": run.header.recipe,
         "complete": run.complete,
-        "layers": len(run.layers),
-        "replaced": len(taken),
+        "layers": run.totals.layers,
+        "replaced": sum(len(r.layers) for r in taken),
         "numbers_before": before,
         "numbers_after": after,
         "density": after / before if before else None,
@@ -74,9 +77,12 @@ def render_run(run: Run, sort: str | None = None) -> str:
     table = tabulate([_row(r) for r in layers], headers, "simple", disable_numparse=True, colalign=colalign)
     facts = run_summary(run)
     share = f" keep {facts['density']:.4f} of their {facts['numbers_before']:,} numbers" if facts["replaced"] else ""
-    state = "" if run.complete else f" (unfinished: {len(run.layers)} of {run.header.layers_planned} layers)"
+    state = "" if run.complete else f" (unfinished: {facts['layers']} of {run.header.layers_planned} layers)"
     line = f"run {facts['run']}{state}: {facts['replaced']} of {facts['layers']} linear layers replaced{share}"
-    return f"{table}\n\n{line}, {facts['bytes'] / 1e6:.1f} MB, {facts['seconds']:.1f} s"
+    of, after = ("weight", "") if run.header.calibration is None else ("outputs", " after calibration")
+    errors = f"truncation: relative error of the {of} at this rank; rounding: of the factors beside the low-rank weight"
+    legend = f"{errors}\n" if facts["replaced"] else ""
+    return f"{table}\n\n{legend}{line}, {facts['bytes'] / 1e6:.1f} MB, factored in {facts['seconds']:.1f} s{after}"
 
 
 def _row(r: LayerRecord) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from pifa_compile.errors import AmbiguousRunError, RecordError
+from pifa_compile.errors import AmbiguousRunError, RecipeError, RecordError
 from pifa_compile.options import Settings
-from pifa_compile.recipes import FirstCall
+from pifa_compile.recipes import RECIPES, FirstCall, recipe_for
 from pifa_compile.store import Run, Store
 
 
@@ -65,7 +66,20 @@ def _first_call(run: Run) -> bool:
 
 
 def describe(run: Run) -> str:
-    """A run in one line, for a list to choose from."""
-    recipe = {k: v for k, v in run.header.recipe.items() if k not in ("version", "seed") and v not in ([], {}, None)}
-    words = ", ".join(f"{key} {value}" for key, value in recipe.items())
+    """A run in one line, for a list to choose from: method, density, and settings other than the method's defaults."""
+    recipe = run.header.recipe
+    usual, first = _defaults(recipe), [key for key in ("method", "density") if key in recipe]
+    others = [key for key, value in recipe.items() if key not in first and value != usual.get(key)]
+    words = ", ".join(f"{key} {recipe[key]}" for key in (*first, *others))
     return f"{run.header.run_id}: {run.header.model}, {words}, made {run.header.created}"
+
+
+def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's recipe of this density; {} where this release does not know it."""
+    method = recipe.get("method")
+    if not isinstance(method, str) or method not in RECIPES:
+        return {}
+    try:  # a store may say anything
+        return recipe_for(method, density=recipe.get("density")).to_json()
+    except RecipeError:
+        return {}

@@ -94,9 +94,33 @@ def test_an_exported_folder_is_measured_compiled_beside_the_dense_model(language
     words = ["--text", text, "--windows", "4", "--length", "16", "--tasks", "perplexity"]
     found = evaluated(capsys, out, "--dense", language_folder, *words)
     names = [v["name"] for v in found["variants"]]
-    assert names == ["dense", run.run_id, run.run_id]
+    assert names == ["dense", run.run_id, f"{run.run_id}, exported"]
     by_run, by_folder = (v["figures"][str(text)]["perplexity"] for v in found["variants"][1:])
     assert by_folder == pytest.approx(by_run, rel=1e-5)
+
+
+@needs_lm_eval
+def test_several_stores_and_folders_stand_in_one_table(language_folder, run, store, text, tmp_path, capsys):
+    model, _ = load_model(language_folder)
+    other = pifa_compile.Store(tmp_path / "other")
+    for density in (0.5, 0.8):
+        pifa_compile.compress(model, Svd(density=density, rank_multiple=1), store=other, progress=False)
+    better = other.runs()[1]
+    folders = []
+    for place, found in ((store, run), (other, better)):
+        prepared = pifa_compile.apply_(load_model(language_folder)[0], run=found.run_id, store=place)
+        folders.append(pifa_compile.export(prepared, tmp_path / found.run_id, source=language_folder, run=found))
+    words = [*folders, "--dense", language_folder, "--store", store.root, "--store", other.root, "--text", text]
+    words += ["--windows", "4", "--length", "16"]
+    plain, found = evaluated(capsys, *words), evaluated(capsys, *words, "--tasks", "perplexity")
+    assert [v["name"] for v in found["variants"]] == [
+        *("dense", f"{run.run_id} in {store.root}", f"{run.run_id} in {other.root}", better.run_id),
+        *(f"{run.run_id}, exported", f"{better.run_id}, exported"),
+    ]
+    assert [v["name"] for v in plain["variants"]] == [v["name"] for v in found["variants"]]
+    for ours, theirs in zip(plain["variants"], found["variants"], strict=True):
+        wanted = ours["figures"][str(text)]["perplexity"]
+        assert theirs["figures"][str(text)]["perplexity"] == pytest.approx(wanted, rel=1e-5)
 
 
 @needs_lm_eval

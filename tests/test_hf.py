@@ -402,6 +402,30 @@ def test_without_this_package_nothing_is_drawn_at_random(exported, tmp_path):
     assert len(found["bare"]) == 14 and "model.layers.0.mlp.up_proj.weight" in found["bare"]
 
 
+def test_loading_and_calling_imports_no_lowering_and_compiling_still_lowers_the_operator(exported):
+    """Inductor's own would take two seconds and 50 MB, which is more than many a model."""
+    _, folder = exported
+    found, _ = python(
+        """
+        import json, sys
+        import pifa_compile, torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+        layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
+        with torch.no_grad():
+            model(torch.ones(1, 4, dtype=torch.int64))
+            wanted, before = layer(x), "torch._inductor.lowering" in sys.modules
+            from torch._inductor.utils import run_and_get_code
+
+            y, (code,) = run_and_get_code(torch.compile(layer), x)
+        print(json.dumps([before, "torch.ops.pifa" in code, float((y - wanted).abs().max())]))
+        """,
+        folder,
+    )
+    assert found[:2] == [False, False] and found[2] < 1e-5
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -524,6 +548,15 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_folder_of_somebody_s(sour
     card = model_card(model, describe(model), source, run, run.header.recipe)
     assert ('base_model: "someone/some-model"' in card) == base
     assert "# some-model in" in card and "/a/folder" not in card
+
+
+@pytest.mark.parametrize("wrong", [{"tuned": {"steps": 1}}, {"imported": {"source": "pairs"}}])
+def test_what_no_folder_could_be_loaded_with_is_refused_before_one_is_written(tmp_path, wrong):
+    model, _ = prepare(make("tied")[0])
+    with pytest.raises(InputError, match="what it says of"):
+        pifa_compile.export(model, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+    pifa_compile.export(model, tmp_path / "out")
 
 
 def dense_left(run):

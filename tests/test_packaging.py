@@ -65,6 +65,7 @@ ROOMS = (
         "pifa_compile.fingerprint",
         "pifa_compile.pages",
         "pifa_compile.plain_json",
+        "pifa_compile.quiet",
     },
 )
 

@@ -109,6 +109,25 @@ def test_prepared_models_compile_with_any_backend(backend):
         assert counters["pifa"]["prepared"] == 3 and counters["pifa"]["skipped"] == 0
 
 
+@pytest.mark.parametrize("form", ["pifa", "pair"])
+def test_what_the_run_of_a_prepared_model_left_dense_stays_so_whatever_else_is_in_the_store(form):
+    model, x = compressed(Mixed(), form=form, skip=["transposed"]), torch.randn(3, 8, 32)
+    (own,) = Store().runs()
+    other = pifa_compile.compress(model, Svd(density=0.3, rank_multiple=1), progress=False).run
+    weight = model.transposed.weight
+    prepared = pifa_compile.apply_(model, run=own.run_id)
+    assert prepared.transposed.weight is weight
+    with torch.no_grad():
+        expected = prepared(x)
+        compiled = torch.compile(prepared, backend="pifa", options={"inner": "eager"}, fullgraph=True)
+        assert relative(compiled(x), expected.double()) < 1e-6
+        assert counters["pifa"]["replaced"] == 0
+        torch._dynamo.reset()
+        named = torch.compile(prepared, backend="pifa", options={"inner": "eager", "run": other.run_id}, fullgraph=True)
+        assert relative(named(x), expected.double()) > 1e-3
+        assert counters["pifa"]["replaced"] == 1
+
+
 def test_state_dict_deepcopy_and_pickle_round_trips():
     model, x = compressed(Mixed()), torch.randn(3, 8, 32)
     prepared = pifa_compile.apply_(model)

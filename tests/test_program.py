@@ -109,7 +109,8 @@ def test_the_command_writes_a_program(language_folder, tmp_path, capsys):
     out = tmp_path / "model.pt2"
     arguments = ["export", str(out), "--model", str(language_folder), "--format", "pt2"]
     assert cli.main(arguments) == 0
-    assert "torch.export.load" in capsys.readouterr().out
+    told = "torch.export.load(...).module() takes one dictionary of tensors: input_ids, attention_mask"
+    assert told in capsys.readouterr().out
     ids = torch.randint(0, 256, (3, 11))
     found = torch.export.load(out).module()({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     with torch.no_grad():

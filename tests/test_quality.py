@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -219,11 +220,12 @@ def test_an_exported_folder_is_called_by_its_run_and_not_dense(language_folder, 
     assert main(["eval", str(exported), *words]) == 0
     told = capsys.readouterr()
     (alone,) = json.loads(told.out)["variants"]
-    assert alone["name"] == runs[1].run_id and set(alone["figures"][str(text)]) == {"perplexity"}
+    assert alone["name"] == f"{runs[1].run_id}, exported" and set(alone["figures"][str(text)]) == {"perplexity"}
     assert "has its factors already; --dense MODEL" in told.err
     assert main(["eval", str(exported), "--dense", str(language_folder), *words]) == 0
     dense, *by_run, folder = json.loads(capsys.readouterr().out)["variants"]
     assert dense["name"] == "dense" and [v["name"] for v in by_run] == [r.run_id for r in runs]
+    assert folder["name"] == alone["name"]
     for key in ("density", "model_density"):
         assert folder[key] == alone[key] == pytest.approx(by_run[1][key])
     assert folder["figures"][str(text)] == pytest.approx(by_run[1]["figures"][str(text)], rel=1e-4)
@@ -231,10 +233,52 @@ def test_an_exported_folder_is_called_by_its_run_and_not_dense(language_folder, 
     assert [len(Store().evaluations(r.run_id)) for r in runs] == [1, 1]
 
 
+def test_rows_of_one_name_say_which_store_or_folder_they_are_from(
+    language_folder, exported, runs, store, tmp_path, capsys
+):
+    model, _ = load_model(language_folder)
+    other = Store(tmp_path / "other")
+    again = pifa_compile.compress(model, Svd(density=0.4, rank_multiple=1), store=other, progress=False).run
+    assert again.run_id == runs[1].run_id
+    shutil.copytree(exported, tmp_path / "copy")
+    told = {"tuning": {"loss": "lm"}, "source": "a", "done": 1, "best": 1, "items": 1, "held_out": 1}
+    told |= {"before": {}, "after": {}}
+    pifa_compile.export(load_model(exported)[0], tmp_path / "tuned", source=exported, tuned=told)
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = ["--windows", "4", "--length", "16", "--text", str(tmp_path / "a.txt"), "--json"]
+    folders = [str(exported), str(tmp_path / "copy"), str(tmp_path / "tuned"), str(exported)]
+    stores = [word for place in (store, other, store) for word in ("--store", str(place.root))]
+    assert main(["eval", *folders, "--dense", str(language_folder), *stores, *words]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["model"] == str(language_folder)
+    places = [r.run_id for r in (*runs, again)] + folders[:3]
+    assert [line for line in told.err.splitlines() if line.startswith("measuring")] == [
+        f"measuring {place} ({number} of 7)" for number, place in enumerate(["the model", *places], 1)
+    ]
+    lossy, name = runs[1].run_id, f"{runs[1].run_id}, exported"
+    assert [v["name"] for v in found["variants"]] == [
+        *("dense", runs[0].run_id, f"{lossy} in {store.root}", f"{lossy} in {other.root}"),
+        *(f"{name} in {folders[0]}", f"{name} in {folders[1]}", f"{lossy}, tuned"),
+    ]
+    assert [len(place.evaluations(lossy)) for place in (store, other)] == [1, 1]
+    wanted = [word for start in (lossy, lossy[:-2]) for word in ("--run", start)]
+    assert main(["eval", str(language_folder), *wanted, *words]) == 0
+    assert [v["name"] for v in json.loads(capsys.readouterr().out)["variants"]] == ["dense", lossy]
+
+
 def test_what_dense_cannot_mean_is_refused(language_folder, exported, capsys):
-    for model, dense in ((language_folder, language_folder), (exported, exported)):
-        assert main(["eval", str(model), "--dense", str(dense)]) == 2
-        assert "--dense names the dense model" in capsys.readouterr().err
+    for models, dense in (
+        ([language_folder], language_folder),
+        ([exported], exported),
+        ([exported, language_folder], language_folder),
+    ):
+        assert main(["eval", *map(str, models), "--dense", str(dense)]) == 2
+        assert f"--dense names the dense model beside those that have their factors; see {models[-1]}" in (
+            capsys.readouterr().err
+        )
+    assert main(["eval", str(exported), str(language_folder)]) == 2
+    assert "name it with --dense MODEL" in capsys.readouterr().err
     assert main(["eval", str(exported), "--run", "svd"]) == 2
     assert "leave out --run" in capsys.readouterr().err
 

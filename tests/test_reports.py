@@ -1,13 +1,14 @@
 """What a run did, as text and as data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pifa_compile.recipes import Svd
 from pifa_compile.reports import SORTS, CompressionReport, render_run, run_summary
-from pifa_compile.store import LayerRecord, Run, RunHeader
+from pifa_compile.store import LayerRecord, Member, Run, RunHeader
 
 DIGEST = "0" * 64
 
@@ -54,10 +55,26 @@ def test_the_summary_counts_the_layers_that_are_replaced():
     assert json.loads(json.dumps(found)) == found
 
 
+def test_layers_that_were_factored_together_count_one_by_one():
+    members = tuple(Member(f"blocks.2.{name}", {}, 64) for name in "qk")
+    joint = run((*LAYERS, record("blocks.2.q+k", 128, 64, 8, 1472, members=members)), complete=False, planned=9)
+    found = run_summary(joint)
+    assert (found["layers"], found["replaced"]) == (6, 5)
+    assert "(unfinished: 6 of 9 layers): 5 of 6 linear layers replaced" in render_run(joint)
+
+
+def test_what_calibration_took_is_not_in_the_seconds():
+    plain = run()
+    calibrated = Run(replace(plain.header, calibration={"text": "a"}), plain.layers, complete=True)
+    assert render_run(plain).endswith("factored in 1.5 s") and "error of the weight at" in render_run(plain)
+    told = render_run(calibrated)
+    assert told.endswith("factored in 1.5 s after calibration") and "error of the outputs at" in told
+
+
 def test_a_run_that_replaces_nothing_has_no_density():
     found = run_summary(run(LAYERS[3:]))
     assert (found["replaced"], found["density"], found["numbers_before"]) == (0, None, 0)
-    assert "0 of 1 linear layers replaced, 0.0 MB" in render_run(run(LAYERS[3:]))
+    assert "0 of 1 linear layers replaced, 0.0 MB, factored in 0.0 s" in render_run(run(LAYERS[3:]))
     assert "0 of 0 linear layers replaced" in render_run(run(()))
 
 

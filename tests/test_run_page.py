@@ -183,6 +183,7 @@ const hover = (id, i) => {
   return [document.getElementById("tip").hidden, text(document.getElementById("tip"))];
 };
 const press = (id, key) => document.querySelector(`#${id} > svg`).dispatchEvent(new KeyboardEvent("keydown", {key}));
+told.figures = text(document.getElementById("figures"));
 told.order = first();
 document.querySelector("[data-column=rank]").click();
 told.down = first();
@@ -226,6 +227,7 @@ def test_a_browser_draws_sorts_searches_and_tells(run, store, tmp_path):
     told = json.loads(html.unescape(text))
     names = [layer["name"] for layer in data["layers"]]
     assert told["order"] == names
+    assert "layers replaced4 of 5" in told["figures"] and "factored in2.0 s" in told["figures"]
     assert told["down"] == [names[0], names[2], names[1], names[3]]
     assert (told["up"], told["sorted"]) == ([names[3], names[1], names[0], names[2]], "ascending")
     assert told["marks"] == [4, 3, 3, 4, 2]

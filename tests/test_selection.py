@@ -1,5 +1,7 @@
 """A graph is served from exactly one run: the one that is named, or the only one that fits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -130,5 +132,15 @@ def test_a_run_is_described_in_a_line(store, write):
     text = describe(run)
     assert text.startswith("half: toy, ")
     assert text.endswith(", made 2025-01-01T00:00:00Z")
-    assert {"density 0.5", "method svd", "skip ['a']"} <= set(text.split(", "))
-    assert "overrides" not in text
+    assert text == "half: toy, method svd, density 0.5, skip ['a'], made 2025-01-01T00:00:00Z"
+    assert run.header.recipe["pivoting"] == "maxvol"  # a default, which is not told
+
+
+def test_a_run_of_an_unknown_method_is_described_by_all_its_settings(store, write):
+    write("half", [0])
+    (run,) = store.runs()
+    theirs = replace(run, header=replace(run.header, recipe={"method": "theirs", "density": 0.5, "windows": 3}))
+    assert describe(theirs) == "half: toy, method theirs, density 0.5, windows 3, made 2025-01-01T00:00:00Z"
+    for wrong in ({"windows": 3}, {"method": ["svd"]}, {"density": 7, "method": "svd"}, {"method": "svd"}):
+        text = describe(replace(run, header=replace(run.header, recipe=wrong)))
+        assert all(f"{key} {value}" in text for key, value in wrong.items())

@@ -54,8 +54,8 @@ def export(
     max_shard_size  as in ``save_pretrained``
 
     ``from_pretrained`` loads the folder where pifa_compile is imported. From then on the model's own
-    ``save_pretrained`` writes the same weights and config. Raises InputError for a model without factored layers and
-    for a folder that has something in it.
+    ``save_pretrained`` writes the same weights and config. Raises InputError for a model without factored layers, for
+    a folder that has something in it, and for what is no report of a tuning or an import: nothing could load it.
     """
     from transformers import PreTrainedModel
 
@@ -71,10 +71,10 @@ def export(
     else:
         like = known if isinstance(known, PifaConfig) else PifaConfig({})
     config = config_of(forms, like=like)
-    if tuned is not None and config.tuned[-1:] != [dict(tuned)]:  # exported twice, it was still done once
-        config = PifaConfig(config.layers, run=config.run, recipe=config.recipe, tuned=[*config.tuned, tuned],
-                            imported=config.imported)  # fmt: skip
-    config.imported = config.imported if imported is None else dict(imported)
+    told = [] if tuned is None or config.tuned[-1:] == [dict(tuned)] else [tuned]  # exported twice, it was done once
+    origin = config.imported if imported is None else imported
+    config = PifaConfig(config.layers, run=config.run, recipe=config.recipe, tuned=[*config.tuned, *told],
+                        imported=origin)  # fmt: skip
     companions = _companions(source)  # before anything is written: a name may be wrong
     attach(model, config)
     card = model_card(model, forms, source, run, config.recipe, config.tuned, config.imported)
