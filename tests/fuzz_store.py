@@ -307,7 +307,8 @@ def spoil_numbers(header: Any, data: bytearray, chance: random.Random) -> str:
     order = header.get("row_order")
     places = order.get("data_offsets") if isinstance(order, dict) else None
     start = chance.randrange(0, len(data), 4)
-    if chance.random() < 0.5 and isinstance(places, list) and all(type(p) is int and p < len(data) for p in places):
+    known = isinstance(places, list) and places and all(type(p) is int and p < len(data) for p in places)
+    if chance.random() < 0.5 and known:
         start = max(0, places[0])
     data[start : start + 4] = value[: len(data) - start]
     return f"{value.hex()} at {start}"
