@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pifa_compile.errors import DamagedError
+from pifa_compile.errors import DamagedError, FactorFormatError
 from pifa_compile.store import LayerRecord, RunHeader, objects
 from pifa_compile.store.objects import is_whole, object_path, read_object
 
@@ -161,3 +161,14 @@ def test_a_finished_run_is_entered_without_reading_its_objects_again(store, stor
     with store.write_run(header) as writer:
         assert writer.done == {}
     assert reads == [path] * 2
+
+
+def test_what_a_newer_version_wrote_is_whole_though_it_cannot_be_read(store, settled, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(objects, "FACTOR_FORMATS", frozenset({"int8"}))
+        digest = store.put_object({"rows": torch.ones(3, 2, dtype=torch.int8)}, {"factor_format": "int8"})
+    with pytest.raises(FactorFormatError, match="update pifa-compile"):
+        read_object(store.root, digest, "cpu")
+    assert is_whole(store.root, digest)
+    flip(object_path(store.root, digest))
+    assert not is_whole(store.root, digest)
