@@ -13,7 +13,7 @@ from pifa_compile import _torch
 from pifa_compile.factors import PifaFactors
 from pifa_compile.kernels import op
 from pifa_compile.layers import is_output_embedding_name, supported_dtype
-from pifa_compile.passes.forms import Match, match_linear, view_of_parameter
+from pifa_compile.passes.forms import Match, made_of, match_linear, rooted_in_parameter, view_of_parameter
 from pifa_compile.passes.plan import Context, LinearSite, PassResult, argument
 
 GRADIENT = (
@@ -44,14 +44,13 @@ def detect(gm: fx.GraphModule, context: Context) -> PassResult:
 def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
     value = context.values.get(match.weight)
     weight = match.weight if isinstance(value, Tensor) else None
-    name = _torch.placeholder_name(match.weight) if weight is not None else match.weight.name
     site = LinearSite(
         node=node,
         x=match.x,
         weight=weight,
         bias=match.bias,
         parameter=value if weight is not None else None,
-        name=name.removesuffix(".weight"),
+        name=_name(match.weight, weight),
         source=source_line(node),
         layout=match.layout,
         channel=match.channel,
@@ -63,6 +62,14 @@ def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
         if site.reason is None and value.dim() != 2 and site.layout != "conv1x1":
             site.reason = f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
     return site
+
+
+def _name(given: fx.Node, weight: fx.Node | None) -> str:
+    """The layer's name by its parameter ``weight``, else by what the weight that is given is computed from."""
+    source = weight
+    if source is None and given.op != "placeholder" and not rooted_in_parameter(given):
+        source = made_of(given)
+    return given.name if source is None else _torch.placeholder_name(source).removesuffix(".weight")
 
 
 def _prepared_site(node: fx.Node, context: Context, counted: set[fx.Node]) -> LinearSite:
@@ -98,6 +105,8 @@ def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Con
             return f"skipped by the pattern {pattern!r}"
     if is_output_embedding_name(site.name) or _feeds_embedding(placeholder):
         return "output embedding, left dense by default"
+    if not supported_dtype(weight.dtype):
+        return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     if not isinstance(weight, nn.Parameter):
         return "the weight is a plain tensor, not a parameter"
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
@@ -108,8 +117,6 @@ def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Con
         return "a factor of a prepared layer"
     if context.settings.staleness != "off" and _torch.gathered_by_fsdp(placeholder):
         return FSDP
-    if not supported_dtype(weight.dtype):
-        return f"{weight.dtype} weight: only float64, float32, float16 and bfloat16 are replaced"
     if torch.is_grad_enabled() and weight.requires_grad and not context.settings.allow_grad:
         return GRADIENT
     return None

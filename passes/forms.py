@@ -70,9 +70,9 @@ def _matmul(node: fx.Node) -> Match | None:
     x, weight = argument(node, 0, "input"), argument(node, 1, "other") or argument(node, 1, "mat2")
     if x is None or weight is None:
         return None
-    if _rooted_in_parameter(weight):
+    if rooted_in_parameter(weight):
         return _with_weight(x, weight, None, transposed=False)
-    return _left(x, weight) if _rooted_in_parameter(x) else None
+    return _left(x, weight) if rooted_in_parameter(x) else None
 
 
 def _left(weight: fx.Node, x: fx.Node) -> Match:
@@ -86,7 +86,7 @@ def _left(weight: fx.Node, x: fx.Node) -> Match:
 
 def _addmm(node: fx.Node) -> Match | None:
     bias, x, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
-    if bias is None or x is None or weight is None or not _rooted_in_parameter(weight):
+    if bias is None or x is None or weight is None or not rooted_in_parameter(weight):
         return None
     match = _with_weight(x, weight, bias, transposed=False)
     scales = [node.kwargs.get(key, 1) for key in ("beta", "alpha")]
@@ -100,7 +100,7 @@ def _addmm(node: fx.Node) -> Match | None:
 
 def _einsum(node: fx.Node) -> Match | None:
     operands = [a for arg in node.args[1:] for a in (arg if isinstance(arg, tuple | list) else (arg,))]
-    weights = [a for a in operands if isinstance(a, fx.Node) and _rooted_in_parameter(a)]
+    weights = [a for a in operands if isinstance(a, fx.Node) and rooted_in_parameter(a)]
     if not weights or not isinstance(node.args[0], str):
         return None
     weight = weights[0]
@@ -173,6 +173,15 @@ def _batched(node: fx.Node) -> Match | None:
     return None
 
 
+def _quantized(node: fx.Node) -> Match | None:
+    """A product with a quantized weight: found so that the reason is told, never replaced."""
+    x, weight = argument(node, 0, "self"), argument(node, 1, "mat2")
+    if x is None or weight is None or made_of(weight) is None:
+        return None
+    reason = f"a product with a weight of {_torch.fake_value(weight).dtype} whose scales stand apart"
+    return _because(_with_weight(x, weight, None, transposed=False), reason)
+
+
 def _closed(node: fx.Node) -> Match | None:
     """A call with linear layers inside that could not be written out, under the name of the first weight it reads."""
     inputs = node.all_input_nodes
@@ -199,6 +208,7 @@ _FORMS: dict[Any, Callable[[fx.Node], Match | None]] = {
     "bmm": _batched,
 }
 _FORMS |= dict.fromkeys((*_torch.grouped_products(), "transformers.grouped_mm_fallback"), _batched)
+_FORMS |= dict.fromkeys(_torch.quantized_products(), _quantized)
 
 
 # --- what is given as the weight -------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _rooted_in_parameter(node: fx.Node) -> bool:
+def rooted_in_parameter(node: fx.Node) -> bool:
     """Whether the node is a parameter or made from one by views alone, so that a reader would call it a weight."""
     return _parameter(_root(node)) is not None
 
@@ -278,13 +288,30 @@ def view_of_parameter(node: fx.Node) -> str:
     """What a weight that is no placeholder is, in words."""
     if node.op == "get_attr":
         return "the weight is a constant of the graph, not a parameter"
-    if node.op == "placeholder" or not _rooted_in_parameter(node):
-        return f"the weight is computed in the graph ({node.name}), not a parameter"
+    if node.op == "placeholder" or not rooted_in_parameter(node):
+        source = made_of(node)
+        of = f" from {_torch.placeholder_name(source)}, {_torch.fake_value(source).dtype}" if source is not None else ""
+        return f"the weight is computed in the graph ({node.name}{of}), not a parameter"
     base = node
     while base.op != "placeholder" and isinstance(base.args[0], fx.Node):
         base = base.args[0]
     name = _torch.placeholder_name(base)
     return f"the weight is a part or view of the parameter {name}, not the whole of it"
+
+
+def made_of(node: fx.Node) -> fx.Node | None:
+    """The largest parameter or buffer that a node is computed from; None where an input of the model is among them."""
+    seen, waiting, found = set[fx.Node](), [node], []
+    while waiting:
+        inner = waiting.pop()
+        if inner not in seen:
+            seen.add(inner)
+            waiting += inner.all_input_nodes
+            if inner.op == "placeholder" and isinstance(value := _torch.fake_value(inner), Tensor):
+                if not _torch.is_of_module(inner):
+                    return None
+                found.append((value.numel(), inner))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _because(match: Match, reason: str) -> Match:

@@ -142,6 +142,15 @@ def dotted(source: str) -> str:
     return ".".join(w for w in words if w not in ("_modules", "_parameters", "_buffers")) or text
 
 
+def is_of_module(placeholder: fx.Node) -> bool:
+    """Whether a placeholder's value is a parameter or buffer of a module, not an input of the call."""
+    source = _source(placeholder)
+    if source is None:
+        return False
+    name = source.name() if callable(source.name) else source.name
+    return "._parameters[" in name or "._buffers[" in name
+
+
 def gathered_by_fsdp(placeholder: fx.Node) -> bool:
     """Whether a placeholder's value belongs to a module that FSDP shards, and is put together for each call."""
     from torch._dynamo.source import FSDPNNModuleSource
@@ -208,6 +217,12 @@ def grouped_products() -> tuple[Callable[..., Any], ...]:
     """The functions that multiply groups of tokens with stacks of weights (experts), as Dynamo graphs show them."""
     candidates = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
     return tuple(function for function in candidates if function is not None)
+
+
+def quantized_products() -> tuple[Callable[..., Any], ...]:
+    """The functions that multiply with a weight of 8 bits whose scales stand apart, as Dynamo graphs show them."""
+    names = ("_int_mm", "_scaled_mm", "_scaled_mm_v2", "_weight_int8pack_mm")
+    return tuple(function for name in names if (function := getattr(torch, name, None)) is not None)
 
 
 def operator_name(target: Any) -> str | None:

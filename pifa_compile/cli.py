@@ -85,7 +85,7 @@ def _quiet() -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(_plain(f"pifa: warning: {message}"), file=sys.stderr)
+    print(_plain(f"pifa: warning: {str(message).removeprefix('pifa: ')}"), file=sys.stderr)
 
 
 def _say(line: str) -> None:

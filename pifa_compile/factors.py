@@ -11,6 +11,7 @@ Pivoting factorization: Zhao et al., ICML 2025 (arXiv 2501.19090).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -133,8 +134,12 @@ class PifaFactors:
         named = {"pivot_rows": self.pivot_rows, "coefficients": self.coefficients, "row_order": self.row_order}
         return named if self.bias is None else named | {"bias": self.bias}
 
-    def part(self, start: int, stop: int) -> PifaFactors:
+    def part(
+        self, start: int, stop: int, take: Callable[[Tensor, Tensor], Tensor] = torch.Tensor.__getitem__
+    ) -> PifaFactors:
         """Factors of the rows from ``start`` to ``stop``, followed by the pivot rows that are outside of them.
+
+        take  what gives the rows of the coefficients at places (int64) of them; by default a copy
 
         So one layer of a joint group can be run alone, from the same pivot rows (shared, not copied) and its own rows
         of the coefficients, without another rounding. Its output is the first ``stop - start`` features.
@@ -150,7 +155,7 @@ class PifaFactors:
         bias = None
         if self.bias is not None:
             bias = torch.cat([self.bias[start:stop], self.bias.new_zeros(len(foreign))])
-        return PifaFactors(self.pivot_rows, self.coefficients[kept], row_order, self.y_scale, bias)
+        return PifaFactors(self.pivot_rows, take(self.coefficients, kept), row_order, self.y_scale, bias)
 
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The m x n weight that the factors stand for (C P, rows in their places), in ``dtype``."""

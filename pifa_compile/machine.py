@@ -36,9 +36,12 @@ _LONGEST = 1 << 16  # bytes of a file with a profile
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """What a profile is kept under: the card, or the processor and the threads that torch uses."""
-    if torch.device(device).type != "cpu":
+    """What a profile is kept under: the card, or the processor and the threads that torch uses; else the kind alone."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_name(device)
+    if kind != "cpu":  # "meta", on which nothing takes time
+        return kind
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 

@@ -1,7 +1,8 @@
 """Attack a store at random, by hand or for a bounded number of rounds: ``python tests/fuzz_store.py --seconds 600``.
 
 Every round spoils a good store in one way, then does all that users do with stores. What may come out is the right
-thing, bit for bit, or a PifaError that names the layer, the run or the file. Two ways to spoil it:
+thing, bit for bit, or a PifaError that names the layer, the run or the file. Every other round of a kind also has what
+is damaged or missing made again, by ``damaged="recompute"``. Two ways to spoil it:
 
 damage   files as a bad disk, a full one or a power failure leaves them; checksums are not made good again
 hostile  whatever somebody may write who knows the format: all checksums hold, so factors may be others, but they must
@@ -111,9 +112,10 @@ def make_good(root: Path) -> Good:
     return good
 
 
-def prepared_output(good: Good, store: Store, run_id: str) -> Tensor:
+def prepared_output(good: Good, store: Store, run_id: str, damaged: str = "error") -> Tensor:
     with torch.no_grad():
-        made: Tensor = pifa_compile.apply_(copy.deepcopy(good.model), run=run_id, store=store)(good.x)
+        model = pifa_compile.apply_(copy.deepcopy(good.model), run=run_id, store=store, damaged=damaged)
+        made: Tensor = model(good.x)
     return made
 
 
@@ -305,7 +307,8 @@ def spoil_numbers(header: Any, data: bytearray, chance: random.Random) -> str:
     order = header.get("row_order")
     places = order.get("data_offsets") if isinstance(order, dict) else None
     start = chance.randrange(0, len(data), 4)
-    if chance.random() < 0.5 and isinstance(places, list) and all(type(p) is int and p < len(data) for p in places):
+    known = isinstance(places, list) and places and all(type(p) is int and p < len(data) for p in places)
+    if chance.random() < 0.5 and known:
         start = max(0, places[0])
     data[start : start + 4] = value[: len(data) - start]
     return f"{value.hex()} at {start}"
@@ -404,10 +407,14 @@ def is_whole(store: Store, name: str) -> bool:
 
 
 class Oracle:
-    """Does with a store what users do, and judges what comes out."""
+    """Does with a store what users do, and judges what comes out.
 
-    def __init__(self, good: Good, root: Path, exact: bool) -> None:
-        self.good, self.root, self.exact = good, root, exact
+    exact  whether only what was written may come out
+    mends  whether what is damaged is made again, and the rest done with what came of that
+    """
+
+    def __init__(self, good: Good, root: Path, exact: bool, mends: bool) -> None:
+        self.good, self.root, self.exact, self.mends = good, root, exact, mends
         self.counts: Counter[str] = Counter()
 
     def judge(self, call: Callable[[], Any]) -> Any:
@@ -437,6 +444,8 @@ class Oracle:
             if (run := self.judge(lambda run_id=run_id: store.run(run_id))) is not None:
                 self.run(store, run)
         self.choose(store)
+        if self.mends:
+            self.mend(store)
         self.scratch(store)
         self.go_on(store)
         self.sweep(store)
@@ -474,6 +483,20 @@ class Oracle:
             if y is not None and (y.shape != wanted.shape or (self.exact and not torch.equal(y, wanted))):
                 raise Wrong(f"the model with run {run_id} computes something else")
 
+    def mend(self, store: Store) -> None:
+        """What is made again is served from then on, the same as what was lost."""
+        for run_id, wanted in self.good.outputs.items():
+            lost = self.judge(lambda run_id=run_id: unreadable(store, store.run(run_id)))
+            y = self.judge(lambda run_id=run_id: prepared_output(self.good, store, run_id, "recompute"))
+            if not lost or y is None:
+                continue
+            self.counts["mended"] += 1
+            if y.shape != wanted.shape or (self.exact and not torch.equal(y, wanted)):
+                raise Wrong(f"the model with run {run_id}, made again, computes something else")
+            self.run(store, store.run(run_id))
+            if not torch.equal(prepared_output(self.good, store, run_id), y):
+                raise Wrong(f"run {run_id} was made again, and is served as something else")
+
     def scratch(self, store: Store) -> None:
         (run_id,) = set(self.good.runs) - set(self.good.outputs)
         found = self.judge(lambda: Scratch(store.root, run_id).get("part"))
@@ -496,14 +519,25 @@ class Oracle:
     def sweep(self, store: Store) -> None:
         """Garbage collection takes nothing that a run needs."""
 
-        def problems() -> list[str]:
-            return [p for run in store.runs() for p in store.verify(run.run_id)]
+        def lost() -> set[tuple[str, str, str]]:
+            return {found for run in store.runs() for found in unreadable(store, run)}
 
-        before = self.judge(problems)
-        # By their number, one for each object: a link in place of one may have led to what was swept, and now says so.
+        before = self.judge(lost)
         swept = before is not None and self.judge(lambda: store.gc(min_age=-1)) is not None
-        if swept and len(problems()) > len(before):
-            raise Wrong("garbage collection has removed what a run needs")
+        if swept and (gone := lost() - before):
+            raise Wrong(f"garbage collection has removed what a run needs: {sorted(gone)}")
+
+
+def unreadable(store: Store, run: Run) -> set[tuple[str, str, str]]:
+    """(run, layer, object) of each layer whose factors are not served."""
+    found = set()
+    for record in run.layers:
+        try:
+            if record.object is not None:
+                store.factors(record)
+        except StoreError:
+            found.add((run.run_id, record.name, str(record.object)))
+    return found
 
 
 def enter(store: Store, run: Run) -> dict[str, Any]:
@@ -567,7 +601,12 @@ def fuzz(kinds: tuple[str, ...], first: int, rounds: int | None, seconds: float,
     victim.write_text("not to be touched")
     found, sentry, end = Findings(), Sentry(root), time.monotonic() + seconds
     attacks = {"damage": damage, "hostile": hostile}
-    Oracle(good, root, exact=True).everything()  # a good store is served; and all is imported now
+    Oracle(good, root, exact=True, mends=False).everything()  # a good store is served
+    for path in (root / "objects").rglob("*.safetensors"):
+        path.unlink()
+    oracle = Oracle(good, root, exact=True, mends=True)
+    oracle.everything()  # and made again where nothing is left; all is imported now
+    assert oracle.counts["mended"] == len(good.outputs)
     restore(root, good)
     floor = _most_memory()
     number = first
@@ -575,7 +614,7 @@ def fuzz(kinds: tuple[str, ...], first: int, rounds: int | None, seconds: float,
         kind = kinds[number % len(kinds)]
         chance = random.Random(f"{kind} {number}")
         done = f"{kind}: {attacks[kind](root, good, chance)}"
-        oracle = Oracle(good, root, exact=kind == "damage")
+        oracle = Oracle(good, root, exact=kind == "damage", mends=number // len(kinds) % 2 == 1)
         sentry.on = True
         try:
             oracle.everything()

@@ -1,4 +1,4 @@
-"""Second processes: nothing is factored again, both compile caches hit, and a change of our sources misses."""
+"""Second processes factor, compile, tune and measure nothing again; a change of our sources misses the caches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import random
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +27,16 @@ from torch import nn
 from torch._dynamo.utils import counters
 import pifa_compile
 import pifa_compile.backend
+from pifa_compile import machine
 
+profiles = []
+machine.measure_profile = lambda *given: profiles.append(given)
 given = json.loads(sys.argv[1])
 if "tag" in given:
     pifa_compile.backend.cache_tag = lambda: given["tag"]
 width, device = given.get("width", 64), given.get("device", "cpu")
+
+TUNING = ("select_algorithm", "coordesc_tuning")
 
 def measured(model, **settings):
     counters.clear()
@@ -42,7 +49,9 @@ def measured(model, **settings):
         "aot_miss": counters["aot_autograd"]["autograd_cache_miss"],
         "fx_hit": counters["inductor"]["fxgraph_cache_hit"],
         "fx_miss": counters["inductor"]["fxgraph_cache_miss"],
-        "tuned": sum(n for key, n in counters["inductor"].items() if key.startswith("select_algorithm")),
+        "tuned": sum(n for key, n in counters["inductor"].items() if key.startswith(TUNING)),
+        "benchmarked": sum(n for key, n in counters["inductor"].items() if key.startswith("benchmarking")),
+        "profiles": len(profiles),
         "y": y.double().sum().item(),
     }
 
@@ -56,14 +65,27 @@ print(json.dumps(found))
 
 
 def run(folder: Path, **given: object) -> dict:
+    """What SCRIPT finds, and under "compilations" how often a C++ compiler was called with something to compile."""
+    calls = folder / "calls.txt"
+    calls.write_text("")
     environment = os.environ | {
         "PIFA_CACHE_DIR": str(folder / "store"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "CXX": str(counting_compiler(folder, calls)),
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    compilations = [line for line in calls.read_text().splitlines() if ".cpp" in line]
+    return json.loads(done.stdout) | {"compilations": len(compilations)}
+
+
+def counting_compiler(folder: Path, calls: Path) -> Path:
+    """The compiler that Inductor takes by default, which also writes down what it is called with."""
+    path = folder / "g++"
+    path.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(calls))}\nexec {shutil.which("g++")} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +104,23 @@ def test_a_second_process_factors_nothing_and_gives_the_same(runs):
     assert runs["warm"]["pifa"].get("factored", 0) == 0
     assert runs["warm"]["pifa"]["replaced"] == 2
     assert runs["warm"]["y"] == runs["cold"]["y"]
+
+
+def test_a_second_process_compiles_tunes_and_measures_nothing(runs):
+    cold, warm = runs["cold"], runs["warm"]
+    assert cold["compilations"] > 0 and warm["compilations"] == 0
+    assert (warm["tuned"], warm["benchmarked"], warm["profiles"]) == (0, 0, 0)
+    assert warm["graphs"] == cold["graphs"] == 1
+    assert warm["prepared"]["graphs"] == cold["prepared"]["graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_second_process_that_may_tune_finds_what_was_chosen(tmp_path):
+    """On a CPU as on a card; what ran in the first is in the second neither tried nor compiled again."""
+    cold, warm = (run(tmp_path, options={"max_autotune": True}) for _ in range(2))
+    assert cold["fx_miss"] == 1 and cold["compilations"] > 0
+    assert (warm["tuned"], warm["benchmarked"], warm["compilations"], warm["fx_miss"]) == (0, 0, 0, 0)
+    assert warm["pifa"].get("factored", 0) == 0 and warm["y"] == cold["y"]
 
 
 def test_both_compile_caches_hit_in_a_second_process(runs):
@@ -195,8 +234,6 @@ def test_all_lengths_and_batches_cost_one_recompilation(prepared, inner):
 
 
 def test_the_source_digest_covers_every_source_and_nothing_else(tmp_path, monkeypatch):
-    import shutil
-
     import pifa_compile.fingerprint as fingerprint
 
     package = Path(fingerprint.__file__).parent

@@ -1,5 +1,6 @@
 """Factors are in memory once, for as long as somebody holds them."""
 
+import copy
 import gc
 import weakref
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pifa_compile import apply_, loaded, restore_
+from pifa_compile import apply_, loaded, pifa, restore_
 from pifa_compile.compression import compress
 from pifa_compile.errors import DamagedError
 from pifa_compile.factors import PairFactors, PifaFactors
 from pifa_compile.loaded import derived, shared_factors
-from pifa_compile.recipes import Svd
+from pifa_compile.passes import replace as replacing
+from pifa_compile.recipes import Joint, Svd
 from pifa_compile.store import LayerRecord, Store, objects
 from pifa_compile.store.objects import object_path
 
@@ -150,6 +152,59 @@ def test_a_recompilation_reads_nothing_again(reads, name, form, inner, tmp_path)
     gc.collect()
     own = str(tmp_path / "store")
     assert not any(other.alive for key, other in loaded._LOADED.items() if key[0] == own)
+
+
+class Apart(nn.Module):
+    """Two layers of one factorization that read different things, so that each runs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 48), nn.Linear(32, 48)
+
+    def forward(self, x):
+        return torch.softmax(self.q(x), -1) + self.k(2 * x)
+
+
+@pytest.mark.parametrize("form", ["pifa", "pair"])
+@torch.no_grad()
+def test_a_layer_that_runs_alone_is_a_part_of_what_was_read(reads, form, tmp_path):
+    """And not a copy: so all of it is there for a recompilation."""
+    model = Apart().eval()
+    compress(model, Joint(density=0.5, form=form, joint=("q+k",)), progress=False)
+    graphs = []
+
+    def backend(gm, inputs):
+        call = pifa(gm, inputs, options={"inner": "eager"})
+        graphs.append(gm)
+        return call
+
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    exact = restore_(apply_(copy.deepcopy(model))).double()
+    reads.clear()
+    for size in (3, 5, 7):
+        x = torch.linspace(-1, 1, size * 32).view(size, 32)
+        assert torch.allclose(compiled(x).double(), exact(x.double()), atol=1e-5)
+        gc.collect()
+    assert len(reads) == 1 and len(graphs) == 3
+    left = "coefficients" if form == "pifa" else "left"
+    parts = [t for gm in graphs for name, t in gm.named_buffers() if name.startswith(f"pifa_{left}")]
+    assert len(parts) == 6 and len({t.untyped_storage().data_ptr() for t in parts}) == 1
+    del compiled, parts
+    graphs.clear()
+    torch.compiler.reset()
+    gc.collect()
+    own = str(tmp_path / "store")
+    assert not any(other.alive for key, other in loaded._LOADED.items() if key[0] == own)
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 3], [5], [0, 2, 3], [1, 5], []])
+def test_rows_that_are_scattered_are_copied_and_others_are_not(places):
+    coefficients, at = torch.randn(6, 4), torch.tensor(places, dtype=torch.int64)
+    rows = replacing._rows_of(coefficients, at)
+    assert torch.equal(rows, coefficients[at])
+    shared = rows.untyped_storage().data_ptr() == coefficients.untyped_storage().data_ptr()
+    assert shared == (places in ([0, 1, 2], [2, 3], [5]))
+    assert replacing._rows_of(coefficients, at.clone()) is rows
 
 
 def test_what_is_made_again_is_what_was_read(reads, store):

@@ -132,6 +132,15 @@ def test_in_sixteen_bit_only_on_request(dtype):
     assert close(y, model, x, 5e-2 if dtype == torch.bfloat16 else 1e-2)
 
 
+def test_under_autocast_a_pair_stays_one_and_says_why():
+    model, x = PairModel().eval(), torch.randn(7, N)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(run(model, x), model(x))
+        rows = pifa_compile.dry_run(model, x).rows
+    assert [row["reason"] for row in rows] == ["half of a low-rank pair whose dtypes differ"] * 2
+    assert counters["pifa"]["replaced"] == 0
+
+
 def test_pairs_false_leaves_them_alone_in_float32_too():
     model, x = PairModel().eval(), torch.randn(7, N)
     run(model, x, pairs=False)

@@ -1,4 +1,4 @@
-"""Right, or refused with a line that says why: function transforms, quantized and foreign weights, wrong pairings."""
+"""Right, or refused with a line that says why: function transforms, dtypes, devices, options, wrong pairings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import pifa_compile
-from pifa_compile import Svd, cli
-from pifa_compile.errors import InputError, NoRunError, PifaError
+from pifa_compile import Svd, SvdLlm, cli
+from pifa_compile.errors import InputError, NoRunError
 
 
 class Block(nn.Module):
@@ -113,67 +113,7 @@ def test_functional_call_of_a_prepared_model(model):
     assert torch.allclose(compiled(x), other(x), atol=1e-6)
 
 
-# --- weights that are no plain floating point matrices ---------------------------------------------------------------
-
-
-class Int8Weight(torch.Tensor):
-    """A weight of int8 and a scale, in the manner of torchao: a wrapper subclass that computes when it is used."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
-
-    def __tensor_flatten__(self):
-        return ["values", "scale"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, _, size, stride):
-        return Int8Weight(inner["values"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
-
-        def dense(value):
-            return value.values.to(value.scale.dtype) * value.scale if isinstance(value, cls) else value
-
-        return func(*torch.utils._pytree.tree_map(dense, args), **(kwargs or {}))
-
-
-def test_a_quantized_weight_of_a_tensor_subclass_stays_as_it_is(store):
-    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)).eval().requires_grad_(False)
-    weight = model[0].weight.data
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    packed = Int8Weight((weight / scale).round().to(torch.int8), scale)
-    model[0].weight = nn.Parameter(packed, requires_grad=False)
-    x = torch.randn(3, 32)
-    report = pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), progress=False)
-    assert [r.object is not None for r in report.run.layers] == [False, True]
-    assert "Int8Weight" in report.run.layers[0].reason
-    last = pifa_compile.restore_(pifa_compile.apply_(nn.Sequential(copy.deepcopy(model[2]))))
-    wanted = last(F.relu(model[0](x)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = torch.compile(model, backend="pifa", options={"inner": "eager"})(x)
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert counters["pifa"]["replaced"] == 1
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_dynamically_quantized_layers_stay_as_they_are(store):
-    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)).eval()
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    x = torch.randn(3, 32)
-    with pytest.raises(PifaError, match="no linear layer"):
-        pifa_compile.compress(quantized, Svd(density=0.6), progress=False)
-    with torch.no_grad():
-        found = torch.compile(quantized, backend="pifa", options={"inner": "eager", "density": 0.6})(x)
-        assert torch.equal(found, quantized(x))
-    assert counters["pifa"]["replaced"] == 0
+# --- dtypes and devices that differ -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -193,6 +133,140 @@ def test_a_model_on_the_meta_device_is_refused_or_runs_on_meta(model):
         warnings.simplefilter("ignore")
         y = torch.compile(empty, backend="pifa", options={"inner": "eager"})(torch.randn(3, 32, device="meta"))
     assert y.is_meta and y.shape == (3, 32)
+
+
+class Chain(nn.Module):
+    """Layers of different dtypes one after the other, each given what it reads in its own."""
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32, dtype=dtype) for dtype in dtypes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x.to(layer.weight.dtype)))
+        return x
+
+
+@pytest.mark.parametrize("density", [None, 0.6])
+def test_layers_of_different_dtypes_are_replaced_each_in_its_own(store, density):
+    """From a run of the whole model, or of the first call."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    chain, x = Chain(*dtypes).eval().requires_grad_(False), torch.randn(64, 32)
+    options = {"inner": "eager"}
+    if density is None:
+        pifa_compile.compress(chain, Svd(density=0.6, rank_multiple=1), progress=False)
+    else:
+        options["density"] = density
+    y = torch.compile(chain, backend="pifa", options=options)(x)
+    assert counters["pifa"]["replaced"] == 4 and y.dtype == torch.float64
+    (run,) = store.runs()
+    assert [store.factors(r).dtype for r in run.layers] == list(dtypes)
+    if density is None:
+        dense = pifa_compile.restore_(pifa_compile.apply_(copy.deepcopy(chain)))
+        assert [layer.weight.dtype for layer in dense.layers] == list(dtypes)
+        assert torch.allclose(y, dense(x), atol=2e-2)
+
+
+class Parted(nn.Module):
+    """One layer is on the meta device; what it reads goes there, if it reads anything."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32, device="meta")
+        self.used = used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(self.up(x))
+        return self.down(h.to("meta")) if self.used else h
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_layer_on_the_meta_device_stays_there_and_the_others_are_replaced(store, used):
+    parted, x = Parted(used).eval().requires_grad_(False), torch.randn(8, 32)
+    run = pifa_compile.compress(parted, Svd(density=0.6, rank_multiple=1), progress=False).run
+    assert [r.object is not None for r in run.layers] == [True, False]
+    assert "on meta" in run.by_name["down"].reason
+    y = torch.compile(parted, backend="pifa", options={"inner": "eager"})(x)
+    assert y.is_meta == used and counters["pifa"]["replaced"] == 1
+    rows = {row["name"]: row for row in pifa_compile.dry_run(parted, x).rows}
+    if used:
+        assert rows["down"]["reason"] == "the weight is on the meta device and has no content"
+    prepared = pifa_compile.apply_(copy.deepcopy(parted))
+    assert isinstance(prepared.up, pifa_compile.PifaLinear) and prepared.down.weight.is_meta
+    assert used or torch.allclose(y, pifa_compile.restore_(copy.deepcopy(prepared))(x), atol=1e-5)
+    with pytest.raises(
+        InputError, match=r"down\.weight is on the meta device and has no content.*load the whole model"
+    ):
+        pifa_compile.compress(parted, SvdLlm(density=0.6), text=[x], progress=False)
+
+
+@pytest.mark.parametrize("recipe", [Svd(density=0.6), SvdLlm(density=0.6)], ids=lambda r: r.method)
+def test_a_device_that_cannot_compute_is_refused(model, recipe):
+    text = [torch.randn(8, 32)] if recipe.method == "svd-llm" else None
+    for device, problem in (("meta", "nothing can be computed there"), ("nowhere", "device type")):
+        with pytest.raises(InputError, match=f"device '{device}': .*{problem}.*leave it out"):
+            pifa_compile.compress(model, recipe, text=text, device=device, progress=False)
+
+
+def test_a_method_without_data_computes_where_the_weights_are(model, store, monkeypatch):
+    """Another device is refused and not ignored; the same one is no other."""
+    import pifa_compile.compression as compression
+
+    report = pifa_compile.compress(model, Svd(density=0.4, rank_multiple=1), device="cpu", progress=False)
+    assert all(r.object for r in report.run.layers)
+    monkeypatch.setattr(compression, "_device", lambda given: torch.device("cuda", 0))
+    with pytest.raises(
+        InputError, match="method 'svd' computes where the weights are, on cpu; leave device='cuda:0' out"
+    ):
+        pifa_compile.compress(model, Svd(density=0.4), device="cuda", progress=False)
+
+
+# --- densities and options that cannot be ----------------------------------------------------------------------------
+
+
+def asked(model, x, **options):
+    """The three verbs that choose a run by options."""
+    compiled = torch.compile(model, backend="pifa", options={"inner": "eager", **options})
+    return {
+        "apply_": lambda: pifa_compile.apply_(copy.deepcopy(model), **options),
+        "dry_run": lambda: pifa_compile.dry_run(model, x, options=options),
+        "compile": lambda: compiled(x),
+    }
+
+
+@pytest.mark.parametrize("verb", ["apply_", "dry_run", "compile"])
+@pytest.mark.parametrize("density", [0, 1, 1.5, -0.5, float("nan"), float("inf"), "1.5", "half", True])
+def test_an_impossible_density_is_refused_by_every_verb(model, store, verb, density):
+    with pytest.raises(Exception, match=r"density is .*; it is the fraction of parameters that is kept"):
+        asked(model, torch.randn(3, 32), density=density)[verb]()
+    assert isinstance(model.up, nn.Linear) and len(store.runs()) == 1
+
+
+@pytest.mark.parametrize("verb", ["apply_", "dry_run", "compile"])
+def test_a_density_may_be_written_as_text(model, verb):
+    found = asked(model, x := torch.randn(3, 32), density="0.6")[verb]()
+    if verb == "compile":
+        assert torch.equal(found, asked(model, x, density=0.6)["compile"]())
+    rows = found.rows if verb == "dry_run" else ()
+    assert [row["state"] for row in rows] == ["pifa"] * len(rows)
+    assert verb != "apply_" or isinstance(found.up, pifa_compile.PifaLinear)
+
+
+@pytest.mark.parametrize("verb", ["apply_", "dry_run", "compile"])
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"run": "svd", "density": 0.6}, "both choose the compression run"),
+        ({"run": "svd", "method": "svd"}, "both choose the compression run"),
+        ({"method": "svd"}, "needs a density beside it"),
+        ({"density": 0.6, "method": "svdd"}, "did you mean 'svd'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_every_verb(model, verb, options, problem):
+    with pytest.raises(Exception, match=problem):
+        asked(model, torch.randn(3, 32), **options)[verb]()
+    assert isinstance(model.up, nn.Linear)
 
 
 # --- a model and a run that do not belong together -------------------------------------------------------------------
@@ -251,3 +325,15 @@ def test_a_calibration_file_that_is_none_is_a_line(language_folder, tmp_path, ca
     (line,) = (line for line in err.splitlines() if line.startswith("pifa: error: "))
     assert problem in line and out == "" and "Traceback" not in err
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_one_sentence_calibrates_an_encoder_roughly_and_says_so(encoder_folder, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text("x")
+    arguments = ["compress", str(encoder_folder), "--density", "0.5", "--method", "svd-llm", "--text", str(file)]
+    assert cli.main(arguments) == cli.DONE
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("pifa: warning: "))
+    assert "the calibration text has at most 1 tokens for 13 of 13 layers" in warning and "longer text" in warning
+    file.write_text("enough words for the widest of its layers\n" * 24)  # a pooler reads one token of each
+    assert cli.main(arguments) == cli.DONE
+    assert "pifa: warning" not in capsys.readouterr().err

@@ -54,28 +54,52 @@ def compress(
 
     The same model, recipe and text are never computed twice: a second call returns the finished run, and one that was
     interrupted goes on where it stopped. Raises WeightError for a model without a linear layer, with a weight that is
-    not finite or with inputs to a layer that are not; InputError for a text that cannot be used.
+    not finite or with inputs to a layer that are not; InputError for a text that cannot be used, a device that is not
+    there, and for tensors without content (on the meta device) where the model has to run.
     """
     weights = list(linear_weights(model))
     if not weights:
         raise WeightError(type(model).__name__, "the model has no linear layer", "nothing can be compressed")
     opened = store if isinstance(store, Store) else Store(None if store is None else Path(store))
     label = name or model_label(model)
+    place = next(model.parameters()).device if device is None else _device(device)
     if isinstance(recipe, Calibrated):
+        _check_content(model)
         size = {"windows": recipe.windows, "length": recipe.window_length, "seed": recipe.seed}
         calibration = SelfText(model, **size) if text is None else calibrate_on(model, text, tokenizer, **size)
         weights += [replace(w, reason=w.reason or HELD) for w in held_weights(model)]
-        place = next(model.parameters()).device if device is None else torch.device(device)
         facts: dict[str, Any] = {"label": label, "revision": revision, "progress": progress, "device": place}
         with blocks_on_demand(model, place):
             run = compress_calibrated(model, weights, recipe, opened, calibration, **facts)
     else:
         if text is not None:
             raise InputError(f"method {recipe.method!r} uses no text; leave it out, or use 'mpifa'")
+        if (there := next(model.parameters()).device) != place:
+            cure = f"leave device={str(place)!r} out, or move the model there"
+            raise InputError(f"method {recipe.method!r} computes where the weights are, on {there}; {cure}")
         weights += held_weights(model)
         run = compress_weights(weights, recipe, opened, model=label, revision=revision, progress=progress)
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     return CompressionReport(run, opened.root, total)
+
+
+def _device(given: torch.device | str) -> torch.device:
+    """The device, with its number if it has one; InputError where there is none or nothing can be computed on it."""
+    try:
+        found = torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # the second: a build of torch without CUDA
+        problem = (str(error).splitlines() or [""])[0]
+        raise InputError(f"device {str(given)!r}: {problem}; leave it out to compute where the model is") from None
+    if found.type == "meta":
+        raise InputError("device 'meta': nothing can be computed there; leave it out to compute where the model is")
+    return found
+
+
+def _check_content(model: nn.Module) -> None:
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_meta:
+            cure = "load the whole model into memory first, or use a method that needs no data"
+            raise InputError(f"{name} is on the meta device and has no content, and the model has to run; {cure}")
 
 
 def model_label(model: nn.Module) -> str:

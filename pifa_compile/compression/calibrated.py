@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from pifa_compile.compression.calibration import Calibration, SelfText
 from pifa_compile.compression.flows import Plan, capture, find_plan, input_width
 from pifa_compile.compression.layer import distinct_layers, progress_bar, run_header
 from pifa_compile.compression.memory import BUDGET, bound, choose_form, walk_size
+from pifa_compile.compression.moments import FEW
 from pifa_compile.compression.output_moments import OutputMoments, blockwise
 from pifa_compile.compression.planning import plan_ranks
 from pifa_compile.compression.solving import compress_group, walk_stack
@@ -72,6 +74,7 @@ def _run(state: Walk, calibration: Calibration) -> None:
 
     with watching(model, list(state.named), note):
         plan = find_plan(model, stacks, list(state.named), first)
+    _warn_of_few(state, rows_read, len(calibration.batches))
     read = {name for group in plan.groups for name in group.names}
     for layer in dict.fromkeys(state.named.values()):
         if not read.intersection(layer.names):
@@ -86,6 +89,21 @@ def _run(state: Walk, calibration: Calibration) -> None:
         compress_group(state, group, outside[name], outside_held[name])
     for stack, captured, captured_held, blocks in zip(plan.stacks, rows, held, plan.inside, strict=True):
         walk_stack(state, stack.prefixes, stack.blocks, blocks, captured, captured_held)
+
+
+def _warn_of_few(state: Walk, rows: Mapping[str, int], batches: int) -> None:
+    """rows  that each layer reads of the first batch, which is no smaller than the others"""
+    width = {name: input_width(state.model.get_submodule(name)) for name in rows}
+    few = [name for name, count in rows.items() if count * batches < FEW * width[name]]
+    if few:
+        most, first = max(rows[name] for name in few) * batches, f"{few[0]}: {width[few[0]]}"
+        with state.bar.external_write_mode():
+            warnings.warn(
+                f"pifa: the calibration text has at most {most} tokens for {len(few)} of {len(rows)} layers, less than "
+                f"half their inputs ({first}): their factors are rough, and so are the errors that are told of them; "
+                "give a longer text",
+                stacklevel=2,
+            )
 
 
 def _output_moments(state: Walk, plan: Plan, rows: Mapping[str, int], calibration: Calibration) -> OutputMoments | None:

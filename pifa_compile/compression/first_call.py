@@ -38,7 +38,7 @@ from pifa_compile.compression.layer import (
 )
 from pifa_compile.compression.losses import MOST_ROUNDS, SAMPLES
 from pifa_compile.compression.measure import Measure
-from pifa_compile.compression.moments import SecondMoments
+from pifa_compile.compression.moments import FEW, SecondMoments
 from pifa_compile.compression.mpifa import OutputWeighting, closed_form, objective, output_weighting, whitened_target
 from pifa_compile.compression.observe import CapturedGraph, Sites
 from pifa_compile.compression.ranks import plan_uniform
@@ -64,8 +64,6 @@ ACTIVATION_BYTES = 16 << 30
 #: With fewer tokens than this a call is not looked at: a first token alone is like no other (a small Llama calibrated
 #: on one had a perplexity of 26 in place of 17 without data, on eight tokens 16.7, on 32 17.0, on 256 16.8).
 LEAST = 8
-#: Tokens are few for a layer if they are fewer than this fraction of its inputs.
-FEW = 0.5
 
 
 def compress_first_call(

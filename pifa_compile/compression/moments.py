@@ -14,6 +14,8 @@ from pifa_compile.errors import WeightError
 
 #: Rows converted to float64 at a time, which bounds the copies to 0.36 GB at n = 11008.
 CHUNK = 4096
+#: Tokens are few for a layer if they are fewer than this fraction of its inputs.
+FEW = 0.5
 
 
 @dataclass(eq=False)

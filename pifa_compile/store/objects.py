@@ -4,6 +4,9 @@ Writing leaves the format to safetensors. Reading is done here, because safetens
 the bytes that are hashed and the bytes that are used could differ, or parses a copy in memory, which takes twice the
 memory and three times the time. Here every byte goes from the file into the tensor that is returned, once, and is
 hashed there by a second thread.
+
+Whoever wants the tensors has every byte verified, each time. Whoever only asks whether an object is whole is answered
+from memory where this process has verified its file and it has not been written to since.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import stat
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -33,6 +38,11 @@ FACTOR_FORMATS = frozenset({"float"})  # pivot rows, coefficients and row order,
 MAX_HEADER = 1 << 20  # bytes; the header of one layer has a few hundred
 MAX_OBJECT = 1 << 36  # bytes; no layer is that large
 _STEP = 1 << 23  # bytes that are read before they are handed to the hashing thread
+#: Nanoseconds that a file must have been left alone before a read of it is remembered: the clock of a file system is
+#: coarse (4 ms on Linux, 2 s at worst), and a second change in the same tick would look like the first.
+SETTLED = 3_000_000_000
+_Stamp = tuple[int, int, int, int, int]
+_WHOLE: dict[Path, _Stamp] = {}  # the files that were verified in this process, as they were then
 # Safetensors writes several metadata keys in random order: one key, so that equal content is equal bytes.
 _METADATA_KEY = "pifa_compile"
 _DTYPES = {
@@ -108,16 +118,49 @@ def read_object(
     Raises DamagedError if they do not or if it is missing, FactorFormatError if a newer version wrote it.
     """
     path = object_path(root, digest)
+    _WHOLE.pop(path, None)  # whatever is wrong with it now is not to be forgotten
     try:
         with files.opened(root, path, min(limit, MAX_OBJECT)) as (file, size), files.access(path):
+            before = _stamp(file)
             tensors, metadata, found = _read(path, file, size)
+            after = _stamp(file)
     except FileNotFoundError as error:
         raise DamagedError(path, "it is missing", CURE) from error
     if found != digest:
         raise DamagedError(path, "its content is not what its name says", CURE)
+    if before == after and time.time_ns() - max(after[-2:]) > SETTLED:
+        _WHOLE[path] = after
     if metadata.get("factor_format") not in FACTOR_FORMATS:
         raise FactorFormatError(path, metadata.get("factor_format"), FACTOR_FORMATS)
     return {name: t.to(device) for name, t in tensors.items()}, metadata
+
+
+def is_whole(root: Path, digest: str) -> bool:
+    """Whether an object is there and is what was written. It is read, unless this process has verified its file and
+    that has not changed since: neither its size, nor a time of it, nor which file it is.
+
+    The time of the last change cannot be set by whoever writes to a file, as that of the last writing can.
+    """
+    path = object_path(root, digest)
+    if path in _WHOLE:
+        try:
+            with files.opened(root, path, MAX_OBJECT) as (file, _):
+                if _WHOLE.get(path) == _stamp(file):
+                    return True
+        except (FileNotFoundError, DamagedError):
+            return False
+    try:
+        read_object(root, digest, "cpu")
+    except DamagedError:
+        return False
+    except FactorFormatError:  # whole, but not for this version to judge
+        pass
+    return True
+
+
+def _stamp(file: FileIO) -> _Stamp:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(path: Path, file: FileIO, size: int) -> tuple[dict[str, Tensor], dict[str, str], str]:

@@ -10,16 +10,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from pifa_compile.errors import (
-    DamagedError,
-    FactorFormatError,
-    RecordError,
-    RunMismatchError,
-    StoreAccessError,
-    StoreError,
-)
+from pifa_compile.errors import RecordError, RunMismatchError, StoreAccessError, StoreError
 from pifa_compile.store import files, journal, locks
-from pifa_compile.store.objects import object_path, read_object
+from pifa_compile.store.objects import is_whole, object_path
 from pifa_compile.store.records import LayerRecord, Run, RunHeader
 
 _log = logging.getLogger(__name__)
@@ -98,7 +91,7 @@ class RunWriter:
         for run in filter(None, (finished, begun)):
             _same_settings(run.header, self.header)
             self.header = run.header
-            self._done |= {record.name: record for record in run.layers if _is_whole(self._root, record)}
+            self._done |= {record.name: record for record in run.layers if self._is_whole(record)}
             self._lost |= {record.name: record for record in run.layers if record.name not in self._done}
         self._complete = finished is not None and all(record.name in self._done for record in finished.layers)
         if self._complete:
@@ -111,6 +104,9 @@ class RunWriter:
         # Written anew, which drops a torn line and what was lost.
         self._journal, data = journal.write_journal(self.header, self._done.values())
         files.write(self._root, self._path, data)
+
+    def _is_whole(self, record: LayerRecord) -> bool:
+        return record.object is None or is_whole(self._root, record.object)
 
     def _append(self, line: bytes) -> None:
         if self._complete or self._descriptor is None:
@@ -156,16 +152,6 @@ def read_partial(root: Path, run_id: str) -> Run | None:
 
 def _has_object(root: Path, record: LayerRecord) -> bool:
     return record.object is None or object_path(root, record.object).is_file()
-
-
-def _is_whole(root: Path, record: LayerRecord) -> bool:
-    """Whether a layer's object is there and is what was written; reads it."""
-    try:
-        return record.object is None or bool(read_object(root, record.object, "cpu"))
-    except DamagedError:
-        return False
-    except FactorFormatError:  # whole, but not for this version to judge
-        return True
 
 
 def _same_settings(begun: RunHeader, given: RunHeader) -> None:
