@@ -26,15 +26,16 @@ SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, T
 
 @dataclass(frozen=True)
 class Most:
-    """Up to how many tokens this is the fastest form, against products of weights as they are and packed."""
+    """From ``least`` tokens up to how many this is the fastest form, against weights as they are and packed."""
 
     plain: int
     packed: int
+    least: int = 1
 
 
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(32, 4), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512)}
+_WIDE = {torch.float32: Most(32, 4), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512, least=2)}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
@@ -43,7 +44,7 @@ def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
 
     If so, has the kernel compiled meanwhile.
     """
-    found = 0 < tokens <= most_tokens(dtype, packed=packed)
+    found = _span(dtype).least <= tokens <= most_tokens(dtype, packed=packed)
     if found:
         native.begin("few_tokens", KINDS[dtype])
     return found
@@ -51,12 +52,16 @@ def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
 
 def most_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
     """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
+    span = _span(dtype)
+    return span.packed if packed else span.plain
+
+
+def _span(dtype: torch.dtype) -> Most:
     have = _torch.cpu_instructions()
     if dtype not in KINDS or (dtype == torch.float16 and not have & {"avx512f", "f16c"}):
-        return 0
+        return Most(0, 0)
     wide = "avx512f" in have and (dtype != torch.bfloat16 or "avx512_bf16" in have)
-    most = (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
-    return most.packed if packed else most.plain
+    return (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pifa_compile import _torch
-from pifa_compile.kernels.few_tokens import few_tokens, most_tokens
+from pifa_compile.kernels.few_tokens import few_tokens, most_tokens, serves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -101,3 +101,6 @@ def test_the_processor_decides_how_many_tokens_are_few(flags, most, monkeypatch)
     assert tuple(map(most_tokens, DTYPES)) == most
     assert all(most_tokens(dtype, packed=True) <= most_tokens(dtype) for dtype in DTYPES)
     assert most_tokens(torch.float64) == 0
+    assert serves(1, torch.float32) and serves(1, torch.bfloat16) and not serves(0, torch.float32)
+    assert serves(2, torch.float16) == (most[2] > 0)
+    assert serves(1, torch.float16) == (0 < most[2] < 512)  # where a library is good at one token alone
