@@ -58,18 +58,18 @@ def _kernel(size: int) -> Callable[..., None] | None:
 
 
 def _merge(y_p: Tensor, y_np: Tensor, blocks: Tensor) -> Tensor:
-    r, others = y_p.shape[-1], y_np.shape[-1]
+    lead, r, others = y_p.shape[:-1], y_p.shape[-1], y_np.shape[-1]
     m = r + others
-    torch._check(
-        y_p.dtype == y_np.dtype and y_p.shape[:-1] == y_np.shape[:-1] and blocks.shape == (-(-m // BLOCK), 2),
-        lambda: f"pifa::merge: parts {tuple(y_p.shape)} of {y_p.dtype} and {tuple(y_np.shape)} of {y_np.dtype} and "
-        f"{blocks.shape[0]} blocks do not fit each other",
-    )
+    if y_p.dtype != y_np.dtype or lead != y_np.shape[:-1] or blocks.shape != (-(-m // BLOCK), 2):
+        raise RuntimeError(
+            f"pifa::merge: parts {tuple(y_p.shape)} of {y_p.dtype} and {tuple(y_np.shape)} of {y_np.dtype} and "
+            f"{blocks.shape[0]} blocks do not fit each other"
+        )
     kernel = _kernel(y_p.element_size())
     if kernel is None:
         return _gathered(y_p, y_np, blocks)
-    first, second = (_as_rows(part) for part in (y_p, y_np))
-    y = y_p.new_empty((*y_p.shape[:-1], m))
+    first, second = _as_rows(y_p), _as_rows(y_np)
+    y = y_p.new_empty((*lead, m))
     kernel(
         first.data_ptr(), second.data_ptr(), blocks.data_ptr(), y.data_ptr(),
         first.shape[0], m, first.stride(0), second.stride(0), torch.get_num_threads(),
@@ -87,7 +87,7 @@ def _gathered(y_p: Tensor, y_np: Tensor, blocks: Tensor) -> Tensor:
 
 def _as_rows(part: Tensor) -> Tensor:
     """N x features with features side by side; the slice of a matrix stays one."""
-    rows = part.reshape(part.shape[:-1].numel(), part.shape[-1])
+    rows = part if part.dim() == 2 else part.flatten(0, -2) if part.dim() > 2 else part[None]
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
