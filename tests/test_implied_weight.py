@@ -104,7 +104,7 @@ def test_a_model_that_asks_for_a_dtype_compiles_without_the_dense_weight(models)
             return self.layer(x)
 
     dense, prepared = (Asks(model.linear) for model in models)
-    x = torch.randn(17, 32, dtype=torch.float64)  # more tokens than one call of a kernel serves
+    x = torch.randn(600, 32, dtype=torch.float64)  # more tokens than one call of a kernel serves
     with torch.no_grad():
         compiled = torch.compile(prepared, backend="pifa", fullgraph=True)
         y, (code, *_) = run_and_get_code(compiled, x)
