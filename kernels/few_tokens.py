@@ -35,7 +35,7 @@ class Most:
 
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(32, 4), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512, least=2)}
+_WIDE = {torch.float32: Most(32, 16), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512, least=2)}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
