@@ -22,6 +22,7 @@ SOURCES = Path(__file__).parent / "cpu"
 @functools.cache
 def begin(name: str, kind: str = "") -> Future[ctypes.CDLL | None]:
     """Have ``library(name, kind)`` compiled by a thread: a cold compilation of a graph has another core to spare."""
+    _torch.find_cpp_flags()  # in the caller's thread, which would look as well
     return _COMPILER.submit(_compiled, name, kind)
 
 

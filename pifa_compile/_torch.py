@@ -68,6 +68,16 @@ def compile_cpp(source: str) -> ctypes.CDLL:
     return compiled
 
 
+def find_cpp_flags() -> None:
+    """Have Inductor look what the C++ compiler can do for this processor; it keeps the answer for the process.
+
+    Two threads that look at once may find different flags, and so other names in its cache.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()
+
+
 @functools.cache
 def cpu_instructions() -> frozenset[str]:
     """The sets of instructions of this processor, as Linux names them (``avx512f``); none where it does not say."""
