@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pifa_compile._torch import autotuner, device_name, dtype_name, inductor, tf32_allowed
-from pifa_compile.kernels.tile_tables import Tile, table_for
-from pifa_compile.kernels.triton_templates import template
+from pifa_compile._torch import autotuner, device_name, dtype_name, inductor
+from pifa_compile.kernels.tile_tables import table_for
+from pifa_compile.kernels.triton_templates import settings, template
 
 #: Tickets drawn, tiles of the first phase done, programs done; all zero between launches.
 COUNTERS = 3
@@ -28,23 +28,11 @@ def lower(x: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: f
     tiles = table.candidates("relay", dtype_name(coefficients.get_dtype()), auto.expected(tokens))
     choices: list[Any] = []
     for tile in tiles:
-        settings = _settings(tile, r, y_scale)
-        settings["workspace_arg"] = auto.workspace(x.get_device(), tile.constants["SPLIT"] * tokens * r, torch.float32)
-        auto.add(choices, template("relay"), inputs, layout, **settings)
+        workspace = auto.workspace(x.get_device(), tile.constants["SPLIT"] * tokens * r, torch.float32)
+        own = settings(tile, RANK=r, Y_SCALE=y_scale, workspace_arg=workspace)
+        auto.add(choices, template("relay"), inputs, layout, **own)
     # Measuring would need counters that are zero before each run; the first tile that renders is taken.
     return auto.choose("pifa_relay", choices[:1], inputs, layout, {})
-
-
-def _settings(tile: Tile, r: int, y_scale: float) -> dict[str, Any]:
-    return {
-        **tile.constants,
-        "RANK": r,
-        "Y_SCALE": y_scale,
-        "ACC_TYPE": "tl.float32",
-        "ALLOW_TF32": tf32_allowed(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 def _counters(device: torch.device) -> Any:

@@ -23,8 +23,8 @@ from torch import Tensor
 from pifa_compile._torch import autotuner, device_name, dtype_name, inductor, tf32_allowed
 from pifa_compile.kernels import op
 from pifa_compile.kernels.tail import some_order
-from pifa_compile.kernels.tile_tables import Tile, table_for
-from pifa_compile.kernels.triton_templates import template
+from pifa_compile.kernels.tile_tables import table_for
+from pifa_compile.kernels.triton_templates import settings, template
 
 SCHEMA = "siblings(Tensor x, Tensor[] pivot_rows, Tensor[] coefficients, Tensor[] row_orders) -> Tensor"
 
@@ -86,25 +86,13 @@ def _launch(
     layout = auto.layout(inputs[0], [tokens, features], dtype)
     choices: list[Any] = []
     for tile in table_for(device_name(device)).candidates(name, dtype_name(dtype), auto.expected(tokens)):
-        settings = _settings(tile, siblings, tiles(tile.constants["BLOCK_N"]))
-        problem = auto.add(choices, template(name), inputs, layout, **settings)
+        own = settings(tile, SIBLINGS=siblings, TILES=tiles(tile.constants["BLOCK_N"]))
+        problem = auto.add(choices, template(name), inputs, layout, **own)
         if problem is None and not auto.measures():
             break  # the table decides
     if not choices:
         raise ValueError(f"pifa::siblings: no tile of {name} for {dtype} and {tokens} tokens")
     return auto.choose(f"pifa_{name}", choices, inputs, layout, make)
-
-
-def _settings(tile: Tile, siblings: int, tiles: int) -> dict[str, Any]:
-    return {
-        **tile.constants,
-        "SIBLINGS": siblings,
-        "TILES": tiles,
-        "ACC_TYPE": "tl.float32",
-        "ALLOW_TF32": tf32_allowed(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 def _register() -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pifa_compile._torch import autotuner, device_name, dtype_name, processors, tf32_allowed
+from pifa_compile._torch import autotuner, device_name, dtype_name, processors
 from pifa_compile.kernels.tile_tables import Tile, table_for
-from pifa_compile.kernels.triton_templates import template
+from pifa_compile.kernels.triton_templates import settings, template
 
 log = logging.getLogger(__name__)
 
@@ -68,18 +68,8 @@ def _by_tma(matrices: list[Any]) -> bool:
 def _settings(tile: Tile, y_p: Any, out_scale: float, aligned: int) -> dict[str, Any]:
     r = int(y_p.get_size()[1])
     persistent = {"PROGRAMS": processors(y_p.get_device())} if tile.template == "tail_tma" else {}
-    return {
-        **tile.constants,
-        **persistent,
-        "RANK": r,
-        "EVEN_K": r % tile.constants["BLOCK_K"] == 0,
-        "OUT_SCALE": out_scale,
-        "ALIGNED": aligned,
-        "ACC_TYPE": "tl.float32",
-        "ALLOW_TF32": tf32_allowed(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    even = r % tile.constants["BLOCK_K"] == 0
+    return settings(tile, RANK=r, EVEN_K=even, OUT_SCALE=out_scale, ALIGNED=aligned, **persistent)
 
 
 def some_order(row_order: Any, aligned: int = 1) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pifa_compile._torch import autotuner
+from pifa_compile._torch import autotuner, tf32_allowed
+from pifa_compile.kernels.tile_tables import Tile
 
 FOLDER = Path(__file__).with_name("templates")
 
@@ -46,6 +47,18 @@ GRIDS: dict[str, Callable[..., tuple[Any, int, int]]] = {
     "tail_gemv": _tail_grid,
     "tail_tma": _tail_tma_grid,
 }
+
+
+def settings(tile: Tile, **own: Any) -> dict[str, Any]:
+    """What a template is rendered with: the tile's constants, those that all templates read, and its own."""
+    return {
+        **tile.constants,
+        "ACC_TYPE": "tl.float32",
+        "ALLOW_TF32": tf32_allowed(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **own,
+    }
 
 
 def source(name: str) -> str:

@@ -50,14 +50,13 @@ def group(gm: fx.GraphModule, context: Context) -> PassResult:
         factors = site.factors
         if isinstance(factors, PifaFactors) and _can_join(site, factors):
             operators.setdefault(site.node, []).append(site)
-    together = {"cpu": _families_on_cpu, "cuda": _families_on_cuda}
-    join = {"cpu": _join, "cuda": _in_one_operator}
+    kinds = {"cpu": (_families_on_cpu, _join), "cuda": (_families_on_cuda, _in_one_operator)}
     matched = changed = 0
-    for kind, find in together.items():
+    for kind, (find, join) in kinds.items():
         found = find([sites for sites in operators.values() if device_of(_factors(sites)).type == kind], buffers)
         siblings = [family for family in found if len(family) > 1 and not _written_between(family)]
         for family in siblings:
-            join[kind](family, buffers)
+            join(family, buffers)
         matched += len(found)
         changed += len(siblings)
     return PassResult(matched, changed)

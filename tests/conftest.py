@@ -97,6 +97,15 @@ def random_matrix() -> Callable[..., Tensor]:
     return make
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Float32 products may round their inputs to TF32 on CUDA."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
 def relative() -> Callable[[Tensor, Tensor], float]:
     """``relative(found, wanted)``: Frobenius norm of the difference over that of ``wanted``, in float64."""

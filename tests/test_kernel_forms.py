@@ -20,14 +20,6 @@ def call(tokens=128, m=4096, n=4096, r=1200, dtype="bfloat16", device=H200):
     return forms.Call(device, dtype, tokens, m, n, r)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 def test_every_form_has_a_lowering():
     assert set(forms.TEMPLATES) == set(lowering.FORMS)
     assert set(forms.BY_COST) <= set(forms.TEMPLATES)

@@ -90,14 +90,6 @@ def program_for(tokens, n, sizes, dtype, then=lambda y: y):
     return generate(lambda x, *f: then(siblings(x, list(f[:k]), list(f[k : 2 * k]), list(f[2 * k :]))), given)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
 def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     dtype = getattr(torch, tile.span.dtypes[-1])

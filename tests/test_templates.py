@@ -60,14 +60,6 @@ def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilog
     return kernel
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 # Tiles of 64 rows or more multiply on the wide matrix unit (wgmma), smaller ones on mma, that for one token on neither.
 @pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
 def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
