@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +39,7 @@ from pifa_compile.layers import linear_weights
 from pifa_compile.loading import is_causal
 from pifa_compile.modules import factored_layers
 from pifa_compile.prepare import apply_
-from pifa_compile.store import Evaluation, Run, Store
+from pifa_compile.store import Evaluation, Run, Store, timestamp
 
 #: A line of text this short is no sentence to embed.
 SHORTEST = 20
@@ -209,7 +208,7 @@ def keep_figures(
 
     A figure that is not finite is left out: JSON has none.
     """
-    now, dtype = datetime.now(UTC).isoformat(timespec="seconds"), _torch.dtype_name(next(model.parameters()).dtype)
+    now, dtype = timestamp(), _torch.dtype_name(next(model.parameters()).dtype)
     for (store, run), variant in zip(runs, found.variants[1 : len(runs) + 1], strict=True):
         for label, text in texts.items():
             evaluation = Evaluation(

@@ -38,6 +38,7 @@ from pifa_compile.store import (
     locks,
     objects,
     records,
+    timestamp,
 )
 from pifa_compile.store.scratch import Scratch
 
@@ -901,6 +902,14 @@ def test_the_oldest_run_comes_first(store):
     ):
         with store.write_run(header(run_id, 0, created=created)) as writer:
             writer.finish()
+    assert [run.run_id for run in store.runs()] == ["b", "c", "a"]
+
+
+def test_runs_of_one_second_stay_in_the_order_they_were_made_in(store):
+    for run_id in ("b", "c", "a"):
+        with store.write_run(header(run_id, 0, created=timestamp())) as writer:
+            writer.finish()
+        time.sleep(0.002)
     assert [run.run_id for run in store.runs()] == ["b", "c", "a"]
 
 

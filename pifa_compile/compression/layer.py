@@ -8,7 +8,6 @@ import platform
 import resource
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from pifa_compile.factors import numbers, rank_for_density, rank_for_numbers
 from pifa_compile.layers import LinearWeight, as_matrix, is_plain, supported_dtype
 from pifa_compile.pivoting import Factorized, LowRank, factorize
 from pifa_compile.recipes import Recipe
-from pifa_compile.store import LayerRecord, Member, RunHeader, RunWriter
+from pifa_compile.store import LayerRecord, Member, RunHeader, RunWriter, timestamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +183,7 @@ def run_header(
         calibration=calibration,
         seed=recipe.seed,
         versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=timestamp(),
         layers_planned=len(layers),
     )
 

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from pifa_compile import _torch
 from pifa_compile.compression.layer import versions
 from pifa_compile.digest import digest_many
 from pifa_compile.pivoting import factorize, low_rank_of_pair
-from pifa_compile.store import LayerRecord, RunHeader, Store
+from pifa_compile.store import LayerRecord, RunHeader, Store, timestamp
 
 RECIPE = {"method": "pair", "version": 1}
 
@@ -38,7 +37,7 @@ def compress_pairs(pairs: Sequence[PairWeight], store: Store) -> list[LayerRecor
         model="low-rank pairs of a compiled graph",
         recipe=dict(RECIPE),
         versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=timestamp(),
         layers_planned=len(distinct),
     )
     with store.write_run(header) as writer:

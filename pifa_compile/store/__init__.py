@@ -14,7 +14,7 @@ pickled. Readers take no lock and create nothing, so a store can be read from a 
 from pifa_compile.store.cache import Store, default_root
 from pifa_compile.store.evaluations import Evaluation
 from pifa_compile.store.objects import FACTOR_FORMATS
-from pifa_compile.store.records import LayerRecord, Member, Run, RunHeader, Totals
+from pifa_compile.store.records import LayerRecord, Member, Run, RunHeader, Totals, timestamp
 from pifa_compile.store.writer import RunWriter
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "Store",
     "Totals",
     "default_root",
+    "timestamp",
 ]

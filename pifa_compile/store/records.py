@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, NamedTuple, Self, get_args
 
@@ -64,6 +65,11 @@ def is_digest(value: Any) -> bool:
 def is_created(value: Any) -> bool:
     """Whether it is an ISO time."""
     return _CREATED.fullmatch(value) is not None
+
+
+def timestamp() -> str:
+    """Now, as the ISO time that records carry: of UTC, with milliseconds, so that quick runs sort in their order."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def is_figures(value: Any) -> bool:
