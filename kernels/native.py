@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parent / "cpu"
 @functools.cache
 def begin(name: str, kind: str = "") -> Future[ctypes.CDLL | None]:
     """Have ``library(name, kind)`` compiled by a thread: a cold compilation of a graph has another core to spare."""
-    _torch.find_cpp_flags()  # in the caller's thread, which would look as well
+    _torch.find_cpp_flags()  # in the caller's thread, which may look as well
     return _COMPILER.submit(_compiled, name, kind)
 
 
@@ -56,9 +56,10 @@ def function(
 
 
 def _whole(name: str, kind: str) -> str:
-    """The source with its own header in it: Inductor's cache knows a source by its text alone."""
+    """The source with its own header in it, and the processor: Inductor's cache knows a source by its text alone."""
     text = (SOURCES / f"{name}.cpp").read_text(encoding="utf-8")
     text = text.replace('#include "numbers.h"', (SOURCES / "numbers.h").read_text(encoding="utf-8"))
+    text = f"// for {' '.join(sorted(_torch.cpu_instructions()))}\n{text}"
     return f"#define KIND {kind}\n{text}" if kind else text
 
 

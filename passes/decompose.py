@@ -272,8 +272,10 @@ def _slice(graph: fx.Graph, rows: _Rows, start: int, stop: int) -> fx.Node:
 
 def runs_of(positions: Tensor, r: int) -> list[tuple[int, int]]:
     """The positions (m, a permutation) as runs (start, stop) of neighbours, none of which goes on from y_p to y_np."""
-    ends = ((positions[1:] != positions[:-1] + 1) | (positions[1:] == r)).nonzero().flatten() + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in positions.tensor_split(ends.cpu())]
+    new = positions != torch.cat([positions[:1] - 2, positions[:-1]]) + 1
+    begins = (new | (positions == r)).nonzero().flatten()
+    lengths = torch.diff(begins, append=begins.new_tensor([positions.shape[0]])).tolist()
+    return [(start, start + length) for start, length in zip(positions[begins].tolist(), lengths, strict=True)]
 
 
 def group_size(positions: Tensor) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import itertools
 import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,59 @@ def compile_cpp(source: str) -> ctypes.CDLL:
     """A C++ source compiled for this machine with Inductor's compiler and flags, from its cache where it is known."""
     from torch._inductor.codecache import CppCodeCache
 
-    compiled: ctypes.CDLL = CppCodeCache.load(source)
+    compiled: ctypes.CDLL = CppCodeCache.load(source, **_without_isa())
     return compiled
 
 
 def find_cpp_flags() -> None:
-    """Have Inductor look what the C++ compiler can do for this processor; it keeps the answer for the process.
+    """Have Inductor look, where ``compile_cpp`` would, what the C++ compiler can do for this processor.
 
-    Two threads that look at once may find different flags, and so other names in its cache.
+    It keeps the answer for the process. Two threads that look at once may find different flags, and so other names in
+    its cache.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    if not _without_isa():
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    pick_vec_isa()
+        pick_vec_isa()
+
+
+@functools.cache
+def _without_isa() -> dict[str, Any]:
+    """The argument of 2.13 that spares the look, which takes a second of a warm start; 2.11 has none.
+
+    ``-march=native`` stands among the flags of Linux either way.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return {"needs_vec_isa": False} if "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters else {}
+
+
+@functools.cache
+def begin_isa_checks() -> list[Future[Any]]:
+    """Begin with what Inductor will want to know of this processor; to be waited for before Inductor is called.
+
+    It looks what the compiler can do with each set of instructions, and keeps the answer for the process. In a warm
+    start that takes a second, which a thread has time for while the graph passes run; it must have ended before
+    Inductor looks, because of two threads that look at once one may find wrong flags. In a cold start a program has to
+    be compiled for each set, one after the other, which takes longer than many a graph. Threads compile these as
+    Inductor would, which will find them in its cache or wait for their files: nothing has to be waited for here.
+
+    2.11 has the same names.
+    """
+    from torch._inductor import config, cpu_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    pool = ThreadPoolExecutor(2, "pifa-isa")
+    try:
+        if any(Path(cache_dir()).glob("*/*.so")):
+            return [pool.submit(cpu_vec_isa.valid_vec_isa_list)]
+        have = cpu_vec_isa.x86_isa_checker() if config.cpp.vec_isa_ok is None else []
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            if all(flag in have for flag in str(isa).split()):  # a new one: Inductor changes its own while it looks
+                pool.submit(type(isa)().check_build, cpu_vec_isa.VecISA._avx_code)
+        return []
+    finally:
+        pool.shutdown(wait=False)
 
 
 @functools.cache
