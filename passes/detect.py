@@ -59,8 +59,8 @@ def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
     site.reason = match.reason or view_of_parameter(match.weight) if value is None else None
     if site.reason is None and isinstance(value, Tensor):
         site.reason = _reason(site, value, match.weight, context) or match.reason
-        if site.reason is None and value.dim() != 2 and site.layout != "conv1x1":
-            site.reason = f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
+        if site.reason is None and value.dim() < 2:
+            site.reason = "the weight is a vector"
     return site
 
 
