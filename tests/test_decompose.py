@@ -95,7 +95,7 @@ class Cut(nn.Module):
 
 
 CUTS = {
-    "rows that lie scattered in both parts": lambda y: y.narrow(-1, 3, 20),
+    "some rows": lambda y: y.narrow(-1, 3, 20),
     "all rows": lambda y: y.narrow(-1, 0, 40),
     "a row": lambda y: y.narrow(-1, 7, 1),
     "from the end": lambda y: y.narrow(-1, -5, 3),
@@ -106,9 +106,13 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("cut", CUTS)
-def test_rows_that_somebody_takes_out_of_a_prepared_layer(cut, relative, applied, tmp_path):
+def test_rows_that_somebody_takes_out_of_a_prepared_layer(cut, scattered, relative, applied, tmp_path):
+    """Of rows that keep their order in both parts, a cut reads slices of these."""
     made, x = free_layer(40, 24, 10), torch.randn(3, 24)
+    if scattered:
+        made = replace(made, row_order=torch.randperm(40).to(torch.int32))
     y, _ = graph_of(Cut(PifaLinear(made), CUTS[cut]), x, dump=tmp_path)
     assert relative(y, CUTS[cut](applied(made, x))) < 1e-6
     (table,) = tmp_path.glob("*/linears.json")
