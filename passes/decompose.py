@@ -185,7 +185,7 @@ class _Rows:
     """Output rows of a layer: row j is at place positions[j] of [y_p, y_np], where y_p has the first r places.
 
     merge  whether the kernel that merges both may be called
-    taken  where the rows begin and end in y_p and in y_np, if they do not fill them
+    taken  where the rows begin and end in y_p and in y_np; None where they fill them
     """
 
     y_p: fx.Node
@@ -196,18 +196,17 @@ class _Rows:
     taken: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def sliced(self, graph: fx.Graph) -> _Rows:
-        """The same with slices of y_p and y_np that the rows fill."""
-        if self.taken is None:
-            return self
+        """The same, of rows that do not fill y_p and y_np, with slices of these that they fill."""
+        assert self.taken is not None
         y_p, y_np = (last_features(graph, y, *ends) for y, ends in zip((self.y_p, self.y_np), self.taken, strict=True))
         return _Rows(y_p, y_np, self.positions, self.r, self.merge)
 
 
 def _part_read_by(user: fx.Node, whole: _Rows) -> _Rows | None:
     """The rows that a ``narrow`` takes, if they stand side by side in y_p and in y_np."""
-    if user.op != "call_method" or user.target != "narrow" or user.args[1] != -1:
+    if user.op != "call_method" or user.target != "narrow" or user.kwargs or user.args[1] != -1:
         return None
-    start, length = user.args[2:4]
+    start, length = user.args[2:]
     if not (isinstance(start, int) and isinstance(length, int)):
         return None
     positions = whole.positions[start : start + length]

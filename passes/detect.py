@@ -59,8 +59,8 @@ def _site(node: fx.Node, match: Match, context: Context) -> LinearSite:
     site.reason = match.reason or view_of_parameter(match.weight) if value is None else None
     if site.reason is None and isinstance(value, Tensor):
         site.reason = _reason(site, value, match.weight, context) or match.reason
-        if site.reason is None and value.dim() != 2 and site.layout != "conv1x1":
-            site.reason = f"a stack of {value.shape[0]} weights in one {value.dim()}-dimensional parameter"
+        if site.reason is None and value.dim() < 2:
+            site.reason = "the weight is a vector"
     return site
 
 
@@ -90,12 +90,16 @@ def _prepared_site(node: fx.Node, context: Context, counted: set[fx.Node]) -> Li
     if parts[0] is not None:
         site.shares_pivots = parts[0] in counted
         counted.add(parts[0])
-    reader = next(iter(node.users), None)
-    if len(node.users) == 1 and reader is not None and reader.target == "narrow":  # see PifaLinear's ``rows``
-        start, length = reader.args[2:4]
-        if isinstance(start, int) and isinstance(length, int):
-            site.rows = (start, start + length)
+    site.rows = next(filter(None, map(_own_rows, node.users)), None)
     return site
+
+
+def _own_rows(user: fx.Node) -> tuple[int, int] | None:
+    """The rows that PifaLinear's ``rows`` takes out of factors that it shares; None for what somebody else takes."""
+    if user.target != "narrow" or _torch.innermost_module(user) != "PifaLinear":
+        return None
+    start, length = user.args[2:]
+    return (start, start + length) if isinstance(start, int) and isinstance(length, int) else None
 
 
 def _reason(site: LinearSite, weight: Tensor, placeholder: fx.Node, context: Context) -> str | None:

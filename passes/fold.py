@@ -157,10 +157,10 @@ def _is_its_x(node: fx.Node, call: fx.Node) -> bool:
 
 
 def _features(node: fx.Node) -> int | None:
-    """The size of the last dimension; 1 for a scalar, None where it is unknown or symbolic."""
+    """The size of the last dimension; 1 for a scalar or sizes, None where it is unknown or symbolic."""
     value = _torch.fake_value(node)
     if not isinstance(value, Tensor):
-        return 1 if isinstance(value, int | float | torch.SymInt) else None
+        return 1 if isinstance(value, int | float | torch.SymInt | torch.Size) else None
     size = value.shape[-1] if value.dim() else 1
     return size if type(size) is int else None
 
@@ -229,7 +229,8 @@ def _write_in(order: Tensor, writer: Writer, buffers: Buffers, context: Context)
         with in_place_of(node):
             rows = buffers.get(place, "row_order")
         node.args = (*node.args[:3], rows, bias, *node.args[5:])
-    elif isinstance(factors, PairFactors):
+    else:
+        assert isinstance(factors, PairFactors)
         left = factors.left
         rows_in_order = derived("rows", [left, order], lambda: left[order], [lambda t: t[torch.argsort(order)]])
         site.factors = replace(factors, left=rows_in_order)

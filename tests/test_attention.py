@@ -7,12 +7,15 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 from zoo import lower_rank_
 
 import pifa_compile
 from pifa_compile import Mpifa, Svd
+from pifa_compile.passes import attention
+from pifa_compile.passes.attention import open_attention
 
 WIDTH, HEADS, BATCH, LENGTH, SOURCE = 32, 4, 2, 7, 5
 
@@ -67,6 +70,12 @@ def compressed(model):
     lower_rank_(model.eval())
     pifa_compile.compress(model, Svd(density=0.95, rank_multiple=1), progress=False)
     return model
+
+
+def layers_of(folder):
+    """The rows of the one dump in a folder."""
+    (table,) = folder.glob("*/linears.json")
+    return json.loads(table.read_text())["linears"]
 
 
 def close(found, wanted):
@@ -169,11 +178,89 @@ def test_what_cannot_be_written_out_says_why(store, tmp_path):
         compiled = torch.compile(model, backend="pifa", dynamic=True, options=options)
         assert close(compiled(x, x), model(x, x))
         report = pifa_compile.dry_run(model, x, x, dynamic=True)
-    (table,) = tmp_path.glob("*/linears.json")
-    for rows in (json.loads(table.read_text())["linears"], report.rows):
+    for rows in (layers_of(tmp_path), report.rows):
         (row,) = rows
         assert row["name"] == "inner.in_proj_weight" and row["state"] == "dense"
         assert "is not known in the graph" in row["reason"]
+
+
+def test_the_fast_path_between_different_tensors_stays(store, tmp_path):
+    """No module of torch's calls it so."""
+
+    def between(a, x, s):
+        weights = a.in_proj_weight, a.in_proj_bias, a.out_proj.weight, a.out_proj.bias
+        return torch._native_multi_head_attention(x, s, s, WIDTH, HEADS, *weights, need_weights=False)[0]
+
+    model = compressed(Attention(between, **FIRST))
+    x, source = torch.randn(BATCH, LENGTH, WIDTH), torch.randn(BATCH, LENGTH, WIDTH)
+    with torch.no_grad():
+        y = torch.compile(model, backend="pifa", options={"inner": "eager", "dump": tmp_path})(x, source)
+        assert close(y, model(x, source))
+    (row,) = layers_of(tmp_path)
+    assert row["state"] == "dense" and "between different tensors in the fast path" in row["reason"]
+
+
+def part_without_overrides(x, *rest, **settings):
+    with torch._C.DisableTorchFunction():
+        y = x * 2
+    return y + x, None
+
+
+def with_a_property(*given, **settings):
+    y, weights = attention._attention(*given, **settings)
+    return y.mT.mT, weights
+
+
+# What another release of torch may compute with: (the body, layers that are replaced, why others stay)
+BODIES = {
+    "a property": (with_a_property, 2, None),
+    "a part that nobody sees": (part_without_overrides, 0, "a tensor comes from outside of the graph"),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_what_torch_computes_is_followed_or_told(case, store, tmp_path, monkeypatch):
+    body, replaced, reason = BODIES[case]
+    monkeypatch.setitem(attention._BODIES, F.multi_head_attention_forward, body)
+    model = compressed(Attention(lambda a, x, s: a(x, x, x)[0]))
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    with torch.no_grad():
+        y = torch.compile(model, backend="pifa", options={"inner": "eager", "dump": tmp_path})(x, x)
+        assert close(y, model(x, x))
+    assert counters["pifa"]["replaced"] == replaced
+    assert all((reason or "") in (row["reason"] or "") for row in layers_of(tmp_path))
+
+
+def test_outputs_that_are_handed_on_together_stay_so(store):
+    """In a graph of Dynamo's each output is taken out of the call by itself."""
+    results = []
+
+    def backend(gm, inputs):
+        (call,) = (n for n in gm.graph.nodes if n.target is F.multi_head_attention_forward)
+        with gm.graph.inserting_after(call):
+            together = gm.graph.call_function(tuple, (call,))
+        before = [n.name for n in gm.graph.nodes]
+        results.append(open_attention(gm, None))
+        assert [n.name for n in gm.graph.nodes] == before
+        gm.graph.erase_node(together)
+        return gm
+
+    model, x = Attention(lambda a, x, s: a(x, x, x)), torch.randn(BATCH, LENGTH, WIDTH)
+    with torch.no_grad():
+        assert close(torch.compile(model, backend=backend)(x, x), model(x, x))
+    ((_, changed, ((_, reason),)),) = (vars(result).values() for result in results)
+    assert changed == 0 and "handed on together" in reason
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_size_that_is_known_only_in_the_call_is_told(store, tmp_path):
+    model = compressed(Attention(lambda a, x, s: a(*[x[s.sum((1, 2)) > 0]] * 3)[0], **FIRST))
+    x = torch.randn(BATCH + 3, LENGTH, WIDTH)
+    with torch.no_grad():
+        y = torch.compile(model, backend="pifa", options={"inner": "eager", "dump": tmp_path})(x, x)
+        assert close(y, model(x, x))
+    (row,) = layers_of(tmp_path)
+    assert row["state"] == "dense" and "is not known in the graph" in row["reason"]
 
 
 def test_a_calibrated_method_says_why_it_leaves_attention_dense(store):

@@ -154,3 +154,5 @@ def test_the_command(capsys, tmp_path):
     assert printed["rows"] == json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert cli.main(["bench", "model", "tiny", "--plot", str(tmp_path)]) == cli.USAGE
     assert cli.main(["bench", "layers", "tiny", "--warm"]) == cli.USAGE
+    assert cli.main(["bench", "kernels", "tiny", "--without", "fold"]) == cli.USAGE
+    assert "--without is for layers and model" in capsys.readouterr().err

@@ -305,7 +305,13 @@ def test_a_text_may_be_given_in_any_way(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "empty"), ([], "empty"), ("too short", "less than one window"), (["x"], "needs a tokenizer")],
+    [
+        ("", "empty"),
+        ([], "empty"),
+        (torch.zeros(0, 16, dtype=torch.int64), "not one batch"),
+        ("too short", "less than one window"),
+        (["x"], "needs a tokenizer"),
+    ],
 )
 def test_texts_that_cannot_be_used(text, message):
     tokenizer = None if "tokenizer" in message else Words()

@@ -305,7 +305,8 @@ def test_a_damaged_run_is_told(pifa, run_id, store):
     path = document_path(store.root, run_id)
     path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6", 1))
     assert failed(pifa("inspect", run_id), 1, str(path), "it is not what was written; remove it with Store.delete_run")
-    assert failed(pifa("inspect", run_id, "--verify"), 3, str(path))
+    for command in (["inspect", run_id, "--verify"], ["verify", run_id]):
+        assert failed(pifa(*command), 3, str(path), "it is not what was written")
     code, out, err = pifa("inspect")
     assert (code, err) == (0, "")
     assert f"problem: {path}: it is not what was written" in out

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pretend_h200.codegen import fake, generate, kernels, launches
 from pretend_h200.model import graph_on_cuda, program_of
 
+from pifa_compile import _torch
 from pifa_compile.kernels import lowering, tile_tables
 from pifa_compile.kernels.op import linear
 
@@ -108,6 +109,27 @@ def test_every_16_bit_form_of_the_operator_has_a_tail(tokens, dtypes):
     (tail,) = (k for k in kernels(program) if "arg_ROW_ORDER" in k.signature)
     scale = "4.0" if len(dtypes) == 2 else "1.0"
     assert f"OUT_SCALE : tl.constexpr = {scale}" in tail.source
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 99])
+def test_a_tile_that_cannot_be_rendered_makes_room_for_the_next(spoilt, monkeypatch):
+    """And where none can, the library serves."""
+    wanted = tile_tables.table_for("NVIDIA H200").candidates("tail", "bfloat16", 64)
+    assert len(wanted) > 1
+    add, tried = _torch.InductorAutotuner.add, []
+
+    def adding(self, *given, **settings):
+        tried.append(settings)
+        return "no room" if len(tried) <= spoilt else add(self, *given, **settings)
+
+    monkeypatch.setattr(_torch.InductorAutotuner, "add", adding)
+    program = generate(linear, arguments(64))
+    assert ("extern_kernels.pifa_tail_library(" in program) == (spoilt == 99)
+    if spoilt < 99:
+        tile = wanted[spoilt]
+        (kernel,) = (k for k in kernels(program) if "arg_ROW_ORDER" in k.signature)
+        assert (kernel.warps, kernel.stages) == (tile.warps, tile.stages)
+        assert all(f"{name} : tl.constexpr = {value}" in kernel.source for name, value in tile.constants.items())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import pifa_compile
-from pifa_compile import Joint, Svd, SvdLlm, cli
+from pifa_compile import Joint, Svd, SvdLlm, cli, pivoting
 from pifa_compile.errors import DamagedError
 from pifa_compile.prepare import apply_run_
 from pifa_compile.store import Run, Store
@@ -128,6 +128,21 @@ def test_recompute_makes_the_same_again_and_warns_once(model, store, spoil, use,
         warnings.simplefilter("error")
         assert torch.equal(use(model, damaged="error"), wanted)
     assert counters["pifa"]["factored"] == 0
+
+
+@WAYS
+def test_a_layer_that_was_kept_as_a_pair_is_made_again_as_one(model, store, use, monkeypatch):
+    monkeypatch.setitem(pivoting.ERROR_LIMITS, torch.float32, 1e-12)
+    run = pifa_compile.compress(model, Svd(density=0.6, rank_multiple=1), progress=False).run
+    assert {record.form for record in run.layers} == {"pair"}
+    wanted = use(model)
+    *_, first, second = objects(run, store)
+    before = second.read_bytes()
+    swap(second, first)
+    with pytest.warns(UserWarning, match="made again: down"):
+        assert torch.equal(use(model, damaged="recompute"), wanted)
+    assert counters["pifa"]["factored"] == 1
+    assert second.read_bytes() == before and store.run(run.run_id) == run
 
 
 @WAYS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -45,21 +47,92 @@ def test_pivots_first_in_ascending_order_need_no_gather():
     assert runs_of(torch.arange(3), 3) == [(0, 3)]
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [2, 3, 0, 1, 4, 5], [4, 5, 0, 1, 2, 3], [5, 1, 0, 2, 4, 3]])
-def test_rows_in_few_runs_are_slices_side_by_side(order, relative, applied):
-    made = PifaFactors(torch.randn(2, 5), torch.randn(4, 2), torch.tensor(order, dtype=torch.int32))
-    model, x, graphs = PifaLinear(made), torch.randn(3, 5), []
+def graph_of(model, x, **options):
+    """The output of a model without a compiler, and the graph that the passes leave."""
+    graphs = []
 
     def recording(gm, example_inputs):
-        compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager"})
+        compiled = pifa_compile.pifa(gm, example_inputs, options={"inner": "eager", **options})
         graphs.append(gm.graph)
         return compiled
 
     with torch.no_grad():
         y = torch.compile(model, backend=recording)(x)
+    return y, graphs[0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [2, 3, 0, 1, 4, 5], [4, 5, 0, 1, 2, 3], [5, 1, 0, 2, 4, 3]])
+def test_rows_in_few_runs_are_slices_side_by_side(order, relative, applied):
+    made = PifaFactors(torch.randn(2, 5), torch.randn(4, 2), torch.tensor(order, dtype=torch.int32))
+    x = torch.randn(3, 5)
+    y, graph = graph_of(PifaLinear(made), x)
     assert relative(y, applied(made, x)) < 1e-6
-    gathers = [n for n in graphs[0].nodes if n.target in (_torch.unchecked_index(), torch.index_select)]
+    gathers = [n for n in graph.nodes if n.target in (_torch.unchecked_index(), torch.index_select)]
     assert bool(gathers) == (len(runs_of(made.gather_order, 2)) > FEW_RUNS)
+
+
+def test_aligned_groups_are_gathered_as_one(relative, applied):
+    groups, size = torch.randperm(8), GROUPS[-1]
+    order = (groups[:, None] * size + torch.arange(size)).flatten().to(torch.int32)
+    made = PifaFactors(torch.randn(24, 16), torch.randn(40, 24), order)
+    assert len(runs_of(made.gather_order, 24)) > FEW_RUNS
+    bias, x = torch.randn(64), torch.randn(2, 3, 16)
+    y, graph = graph_of(PifaLinear(made, bias), x)
+    assert relative(y, applied(made, x) + bias.double()) < 1e-6
+    (gather,) = (n for n in graph.nodes if n.target is torch.index_select)
+    assert gather.args[2].meta["example_value"].shape == (8,)
+
+
+class Cut(nn.Module):
+    """A layer, and what somebody does with its output."""
+
+    def __init__(self, layer, then) -> None:
+        super().__init__()
+        self.layer, self.then = layer, then
+
+    def forward(self, x):
+        return self.then(self.layer(x))
+
+
+CUTS = {
+    "some rows": lambda y: y.narrow(-1, 3, 20),
+    "all rows": lambda y: y.narrow(-1, 0, 40),
+    "a row": lambda y: y.narrow(-1, 7, 1),
+    "from the end": lambda y: y.narrow(-1, -5, 3),
+    "a start that is no number": lambda y: y.narrow(-1, torch.tensor(3), 8),
+    "by keywords": lambda y: y.narrow(dim=-1, start=3, length=8),
+    "a keyword": lambda y: y.narrow(-1, 3, length=8),
+    "tokens": lambda y: y.narrow(0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("scattered", [True, False])
+@pytest.mark.parametrize("cut", CUTS)
+def test_rows_that_somebody_takes_out_of_a_prepared_layer(cut, scattered, relative, applied, tmp_path):
+    """Of rows that keep their order in both parts, a cut reads slices of these."""
+    made, x = free_layer(40, 24, 10), torch.randn(3, 24)
+    if scattered:
+        made = replace(made, row_order=torch.randperm(40).to(torch.int32))
+    y, _ = graph_of(Cut(PifaLinear(made), CUTS[cut]), x, dump=tmp_path)
+    assert relative(y, CUTS[cut](applied(made, x))) < 1e-6
+    (table,) = tmp_path.glob("*/linears.json")
+    (row,) = json.loads(table.read_text())["linears"]
+    assert (row["state"], row["shape"], row["numbers_after"]) == ("pifa", [40, 24], made.numbers)
+
+
+@pytest.mark.parametrize("inner", [torch.float32, torch.float16])
+def test_a_prepared_layer_under_autocast(inner, relative, applied):
+    """In the dtype of autocast; coefficients of another dtype than the pivot rows keep theirs."""
+    made = free_layer(64, 48, 24)
+    made = replace(made, coefficients=made.coefficients.to(inner), y_scale=1.0 if inner == torch.float32 else 0.5)
+    model, x = PifaLinear(made, torch.randn(64)), torch.randn(5, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, graph = graph_of(model, x)
+        wanted = model(x)
+    assert y.dtype == torch.bfloat16
+    assert relative(y, wanted) < 1e-2 and relative(y, applied(made, x) + model.bias.double()) < 2e-2
+    rounded = {n.args[1] for n in graph.nodes if n.target is torch.ops.aten.to.dtype}
+    assert (inner in rounded) == (inner == torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -164,6 +164,21 @@ def test_files_of_other_names_are_nobodys(filled):
     assert read_with_warnings(filled) == ([EVALUATION], [])
 
 
+def test_a_file_that_is_removed_meanwhile_is_no_damage(filled, monkeypatch):
+    for protocol in ("one", "two"):
+        filled.keep_evaluation(replace(EVALUATION, protocol=protocol))
+    first, second = paths(filled)
+    read = files.read
+
+    def reading(root, path, limit):
+        second.unlink(missing_ok=True)
+        return read(root, path, limit)
+
+    monkeypatch.setattr(files, "read", reading)
+    found, told = read_with_warnings(filled)
+    assert len(found) == 1 and told == [] and paths(filled) == [first]
+
+
 def test_a_flood_of_files_is_cut_and_told(filled, monkeypatch):
     monkeypatch.setattr(evaluations, "MOST", 2)
     for number in range(4):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
+from zoo import lower_rank_
 
 import pifa_compile
 from pifa_compile import Svd, backend, loaded
@@ -93,6 +95,7 @@ def test_the_order_moves_through_operations_on_single_features(between, relative
         lambda h: torch.softmax(h, -1),
         lambda h: h + h.flip(-1),
         lambda h: h * torch.arange(40.0),
+        lambda h: h * torch.arange(40.0).view(4, 10).reshape(40),
         lambda h: h.cumsum(-1),
         lambda h: F.layer_norm(h, (40,)),
         lambda h: h.reshape(-1, 20).relu().view(h.shape),
@@ -167,6 +170,40 @@ def test_a_pair_on_either_side_takes_the_order_too(monkeypatch, relative):
     y, graph = run(model, x)
     assert gathers(graph) == 0  # neither gate, in whose order all is, nor the pairs
     assert relative(y, exact(model)(x.double())) < 1e-5
+
+
+def test_sizes_of_the_features_are_not_the_features(relative):
+    """Where the number of tokens changes, the graph reads all sizes from the tensor whose order moves."""
+    model, x = Mlp(lambda h: h.view(-1, 40).relu().view(h.size())), torch.randn(2, 5, 24)
+    torch._dynamo.mark_dynamic(x, (0, 1))
+    y, graph = run(model, x)
+    assert any(n.target == "size" for n in graph.nodes) and gathers(graph) == 1
+    assert relative(y, exact(model)(x.double())) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_of_a_low_rank_pair_takes_the_order_with_its_bias(bias, relative):
+    """Both biases of the pair were folded into one, which belongs to no parameter."""
+
+    class Low(Mlp):
+        def __init__(self):
+            super().__init__(torch.relu)
+            self.up = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 40, bias))
+
+    model, x = Low(), torch.randn(2, 5, 24)
+    lower_rank_(model.down)
+    report = pifa_compile.compress(nn.Sequential(model.down), Svd(density=0.9, rank_multiple=1), progress=False)
+    options, seen = {"inner": "eager", "run": report.run.run_id}, []
+
+    def recording(gm, example_inputs):
+        compiled = pifa_compile.pifa(gm, example_inputs, options=options)
+        seen.append(gm.graph)
+        return compiled
+
+    with torch.no_grad():
+        y = torch.compile(model, backend=recording)(x)
+        assert counters["pifa"]["replaced"] == 2 and gathers(seen[0]) == 1
+        assert relative(y, model.double()(x.double())) < 1e-5
 
 
 def test_a_bias_that_changes_is_not_served_stale(relative):

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import pifa_compile
+from pifa_compile.passes.forms import _FORMS, match_linear
 
 OUT, IN, RANK = 24, 16, 5
 
@@ -144,6 +145,10 @@ REASONS = {
     "addmm onto a matrix": (lambda s, x: torch.addmm(x[0], x[1], s.w), "not a bias"),
     "strided convolution": (lambda s, x: F.conv1d(x.transpose(1, 2), s.kernel, stride=2), "stride"),
     "padded convolution": (lambda s, x: F.conv1d(x.transpose(1, 2), s.kernel, padding=1), "padding"),
+    "a vector": (lambda s, x: F.linear(x, s.b), "the weight is a vector"),
+    "einsum of a diagonal": (lambda s, x: torch.einsum("bsi,ii->bsi", x, s.w), "einsum 'bsi,ii->bsi' is no linear"),
+    "einsum of rows": (lambda s, x: torch.einsum("bss,io->bo", x[:, :, :4], s.w), "einsum 'bss,io->bo' is no linear"),
+    "einsum without an output": (lambda s, x: torch.einsum("bsi,oi", x, s.w), "einsum 'bsi,oi' is no linear"),
     "complex": (lambda s, x: F.linear(x.to(torch.complex64), s.complex), "complex64 weight"),
 }
 
@@ -163,11 +168,21 @@ def test_what_is_left_alone_says_its_own_reason(case, tmp_path):
 def test_products_without_a_parameter_and_wide_convolutions_are_no_linear_layers():
     def forward(s, x):
         mixed = torch.einsum("bst,bti->bsi", x @ x.transpose(1, 2), x)
+        mixed = mixed + torch.addmm(x[0, 0], x[0], x[1].T @ x[2])
         return mixed + F.conv1d(x.transpose(1, 2), s.fused.view(IN, IN, 3), padding=1).mT
 
     with torch.no_grad():
         compiled(Strange(forward))(torch.randn(3, 4, IN))
     assert counters["pifa"]["matched"] == 0
+
+
+@pytest.mark.parametrize("target", list(_FORMS), ids=lambda target: getattr(target, "__name__", target))
+def test_a_call_without_tensors_is_no_linear_layer(target):
+    """No graph of Dynamo's has one; a graph that somebody wrote by hand must not stop the compilation."""
+    graph = fx.Graph()
+    call = graph.call_method if isinstance(target, str) else graph.call_function
+    assert match_linear(call(target)) is None
+    assert match_linear(call(target, (graph.placeholder("x"),))) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

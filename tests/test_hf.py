@@ -287,6 +287,18 @@ def test_a_row_order_that_is_none_is_an_error_with_the_layer_s_name(exported):
         transformers.AutoModelForCausalLM.from_pretrained(exported[1])
 
 
+def test_a_tensor_of_a_layer_that_is_not_there_is_missed(exported):
+    path = exported[1] / "config.json"
+    config = json.loads(path.read_text())
+    layers = config["quantization_config"]["layers"]
+    name = next(name for name, form in layers.items() if form["form"] == "pifa")
+    layers[name]["shares"] = {"pivot_rows": "nowhere"}
+    path.write_text(json.dumps(config))
+    edit(exported[1], lambda tensors: tensors.pop(f"{name}.pivot_rows"))
+    with pytest.raises(InputError, match=f"{name} shares its pivot_rows with nowhere, which the model has not"):
+        transformers.AutoModelForCausalLM.from_pretrained(exported[1])
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

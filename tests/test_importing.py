@@ -160,6 +160,20 @@ def test_a_pickle_is_never_read_unasked(tmp_path, capsys, relative):
         assert relative(import_pairs(path, folder, allow_pickle=True).model(IDS).logits, wanted) < 1e-5
 
 
+def test_a_folder_with_one_pickle_is_read_and_one_with_several_is_not(tmp_path, relative):
+    model = MODELS["llama"]()
+    state, wanted = paired(model, "asvd")
+    folder = config_folder(model, tmp_path)
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, which can run code"):
+        import_pairs(folder)
+    with torch.no_grad():
+        assert relative(import_pairs(folder, allow_pickle=True).model(IDS).logits, wanted) < 1e-5
+    torch.save(state, folder / "other.pt")
+    with pytest.raises(InputError, match=r"several pickles: other.pt, pytorch_model.bin; name one of them"):
+        import_pairs(folder, allow_pickle=True)
+
+
 class Loud:
     """What runs when it is unpickled."""
 
@@ -178,6 +192,10 @@ def test_a_pickle_of_more_than_tensors_is_not_unpickled(tmp_path):
     path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(InputError, match="save_file"):
         import_pairs(path, folder, allow_pickle=True)
+    for content in ([torch.ones(1)], {"model": {"x": 1}}):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=r"model.bin is no state dict; convert it"):
+            import_pairs(path, folder, allow_pickle=True)
     assert not Loud.ran
 
 
@@ -215,6 +233,25 @@ def test_what_does_not_fit_is_an_error_with_the_layer_s_name(change, message, tm
         import_pairs(spoiled(state, change), config_folder(model, tmp_path))
 
 
+@pytest.mark.parametrize("half", ["0", "1"])
+def test_biases_of_a_pair_fit_or_are_refused_with_the_layer_s_name(half, tmp_path):
+    model = MODELS["opt"]()
+    state, _ = paired(model, "sequential", inner_bias=True)
+    folder = config_folder(model, tmp_path)
+    key = next(key for key in state if key.endswith(f".k_proj.{half}.bias"))
+    size = len(state[key])
+    with pytest.raises(InputError, match=rf"k_proj: \S+\.{half}\.bias has shape \({size - 1},\), not \({size},\)"):
+        import_pairs(state | {key: state[key][:-1]}, folder)
+
+
+def test_a_bias_that_the_checkpoint_has_not_is_missed(tmp_path):
+    model = MODELS["opt"]()
+    state, _ = paired(model, "sequential")
+    state = {key: t for key, t in state.items() if ".k_proj." not in key or not key.endswith(".bias")}
+    with pytest.raises(InputError, match=r"k_proj: OPTForCausalLM has a bias there, and the checkpoint has no \S+bias"):
+        import_pairs(state, config_folder(model, tmp_path))
+
+
 def test_what_is_no_checkpoint_of_pairs(tmp_path):
     model = MODELS["llama"]()
     folder = config_folder(model, tmp_path)
@@ -226,6 +263,10 @@ def test_what_is_no_checkpoint_of_pairs(tmp_path):
         import_pairs(model.state_dict(), folder, pattern="{layer}.a")
     with pytest.raises(InputError, match=r"no pattern like.*did you mean 'svd-llm'"):
         import_pairs(model.state_dict(), folder, pattern="svdllm")
+    with pytest.raises(InputError, match=r"^cannot load the checkpoint nobody/nothing: [^\n]+$"):
+        import_pairs("nobody/nothing", folder)
+    with pytest.raises(InputError, match=r"has no model.safetensors; save it with model.save_pretrained"):
+        import_pairs(tmp_path, folder)
     with pytest.raises(InputError, match="give model="):
         import_pairs(model.state_dict())
     (tmp_path / "model.safetensors").write_bytes(b"no")

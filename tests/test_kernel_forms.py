@@ -94,3 +94,17 @@ def test_other_devices_and_layers_without_coefficients_gather():
     assert forms.form_for(call(device=None)) == "gather"
     assert forms.form_for(call(m=1200, r=1200)) == "gather"
     assert forms.available(torch.device("cpu"), torch.bfloat16, 1) == ["gather"]
+
+
+def test_what_can_be_measured_on_a_card(monkeypatch):
+    monkeypatch.setattr(forms, "device_name", lambda device: H200)
+
+    def available(tokens):
+        return forms.available(torch.device("cuda"), torch.bfloat16, tokens)
+
+    assert available(1) == available(4096) == ["gather", "tail"]  # the relay was not tried
+    with tile_tables.use_table(TABLE):
+        assert available(1) == ["gather", "tail", "relay"]
+        assert available(4096) == ["gather", "tail"]
+    with tile_tables.use_table(replace(TABLE, tiles=())):
+        assert available(1) == ["gather"]

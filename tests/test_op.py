@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor import config as inductor_config
 
-from pifa_compile.kernels import lowering
+from pifa_compile.kernels import few_tokens, lowering, merge, op, siblings
 from pifa_compile.kernels.op import SCHEMA, gather_order, linear
 
 FROZEN = (
@@ -153,6 +156,15 @@ def test_gather_order_is_the_inverse():
     assert torch.equal(torch.arange(50)[order.long()][gather_order(order)], torch.arange(50))
 
 
+@pytest.mark.parametrize(("module", "name"), [
+    (op, "linear"), (siblings, "siblings"), (few_tokens, "few_tokens"), (merge, "merge"),
+])  # fmt: skip
+def test_a_module_that_is_loaded_again_finds_its_operator(module, name):
+    """An operator can be defined once in a process."""
+    assert runpy.run_path(module.__file__)[name] is getattr(module, name)
+
+
+@inductor_config.patch(fx_graph_cache=False)  # else code of an earlier lowering may be found
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float16)])
 def test_the_lowering_compiles_the_bare_operator(shape, dtypes):

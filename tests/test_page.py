@@ -11,17 +11,19 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 
 import pifa_compile
 from pifa_compile import Svd
 from pifa_compile.passes.page import align, page_data, render_page
-from pifa_compile.passes.plan import LinearSite, Plan
+from pifa_compile.passes.plan import ORIGIN, LinearSite, Plan
 from pifa_compile.passes.snapshot import Snapshot
 
 HERE = Path(__file__).parent
@@ -180,6 +182,29 @@ def test_totals_are_those_of_the_table(block, tmp_path):
     assert totals["numbers_after"] == sum(row["numbers_after"] for row in taken)
     assert totals["all_before"] == totals["numbers_before"] + 48 * 64
     assert totals["bytes_before"] == totals["bytes_kept"] == 4 * totals["numbers_before"]
+
+
+def test_a_source_tree_that_is_not_installed_has_a_page(tmp_path, monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("pifa_compile.passes.page.version", absent)
+    _, data = dumped(torch.relu, tmp_path / "dump", torch.randn(3))
+    assert data["versions"]["pifa-compile"] == "not installed" and data["versions"]["torch"] == torch.__version__
+
+
+def test_an_operator_that_refuses_to_be_looked_at_has_no_shape():
+    def refuse(x):
+        raise RuntimeError("not for fake values")
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = FakeTensorMode().from_tensor(torch.randn(3, 4))
+    node = graph.call_function(refuse, (x,))
+    node.meta[ORIGIN] = "x"
+    facts = Snapshot(graph, Plan()).facts
+    assert facts[x]["shape"] == [3, 4]
+    assert facts[node]["op"] == "refuse" and "shape" not in facts[node]
 
 
 def test_a_graph_without_linear_layers_has_a_page(tmp_path):

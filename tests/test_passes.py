@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import pifa_compile
-from pifa_compile import Svd
+from pifa_compile import Svd, _torch
+from pifa_compile.factors import PifaFactors
+from pifa_compile.kernels import op
+from pifa_compile.modules import PifaLinear
+from pifa_compile.passes import dump
 from pifa_compile.passes.pipeline import PIPELINE
+from pifa_compile.passes.plan import cast
 
 HERE = Path(__file__).parent
 GATHER = torch.ops.aten._unsafe_index.Tensor
@@ -194,8 +199,6 @@ def test_the_dumped_graph_runs_as_python(block, tmp_path):
 
 
 def test_artifacts_reach_the_structured_trace(block, monkeypatch):
-    from pifa_compile import _torch
-
     seen = {}
     monkeypatch.setattr(_torch, "tracing", lambda: True)
     monkeypatch.setattr(_torch, "trace_artifact", lambda name, encoding, payload: seen.update({name: payload()}))
@@ -210,3 +213,40 @@ def test_logs_by_the_name_of_the_package(block, caplog):
     assert "2 of 3 linear layers replaced" in caplog.text
     assert "MB" in caplog.text  # the dense copy that stays
     assert "replace: matched 3, changed 2" in caplog.text
+
+
+def test_nothing_is_rendered_that_nobody_wants(block, monkeypatch):
+    """To write a graph as text takes longer than many a pass."""
+    monkeypatch.setattr(_torch, "tracing", lambda: False)
+    for name in ("readable", "op_counts", "plan_rows", "Snapshot"):
+        monkeypatch.delattr(dump, name)
+    graph, _ = capture(block, torch.randn(3, 48), density=0.5)
+    assert counters["pifa"]["replaced"] == 2 and GATHER in targets(graph)
+
+
+def test_a_node_of_unknown_value_is_cast_to_one():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = cast(graph, x, torch.bfloat16)
+    assert (made.target, made.args, made.meta) == ("to", (x, torch.bfloat16), {})
+
+
+class Scaled(nn.Module):
+    """The operator with pivot rows that are computed for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = PifaLinear(PifaFactors(torch.randn(8, 24), torch.randn(24, 8), torch.randperm(32).int()))
+
+    def forward(self, x, scale):
+        f = self.factors
+        return op.linear(x, f.pivot_rows * scale, f.coefficients, f.row_order)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_an_operator_on_factors_that_are_no_parameters_stays_as_it_is(inner, store):
+    model, given = Scaled(), (torch.randn(3, 24), torch.tensor(0.5))
+    with torch.no_grad():
+        y = torch.compile(model, backend="pifa", options={"inner": inner})(*given)
+        assert torch.allclose(y, model(*given), atol=1e-5)
+    assert counters["pifa"]["matched"] == 1 and counters["pifa"]["replaced"] == 0

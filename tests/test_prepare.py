@@ -21,6 +21,7 @@ from pifa_compile import PifaLinear, Svd
 from pifa_compile.errors import DamagedError, InputError, NoRunError
 from pifa_compile.modules import PairLinear
 from pifa_compile.prepare import empty_model
+from pifa_compile.recipes import Joint
 from pifa_compile.store import Store
 from pifa_compile.store.objects import object_path
 
@@ -277,6 +278,27 @@ def test_under_autocast_a_prepared_layer_gives_what_a_linear_layer_gives():
         assert torch.compile(model, backend="pifa")(x).dtype == torch.bfloat16
 
 
+def test_under_autocast_layers_that_share_factors_give_what_linear_layers_give(relative):
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(32, 48), nn.Linear(32, 24, bias=False)
+
+        def forward(self, x):
+            return self.q_proj(x), self.k_proj(x)
+
+    model, x = Siblings(), torch.randn(5, 32)
+    pifa_compile.compress(model, Joint(density=0.6, rank_multiple=4, joint=("q+k",)), progress=False)
+    prepared = pifa_compile.apply_(model)
+    assert [layer.rows for layer in (prepared.q_proj, prepared.k_proj)] == [48, 24]
+    with torch.no_grad():
+        wanted = prepared(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for run in (prepared, torch.compile(prepared, backend="pifa", options={"inner": "eager"})):
+                for y, exact in zip(run(x), wanted, strict=True):
+                    assert y.dtype == torch.bfloat16 and relative(y, exact) < 2e-2
+
+
 def test_restore_gives_the_layers_back_with_the_weights_of_the_factors():
     model, x = compressed(Mixed()), torch.randn(3, 8, 32)
     kinds = {name: type(m) for name, m in model.named_modules()}
@@ -338,6 +360,18 @@ def test_load_says_when_a_checkpoint_or_a_run_is_missing(checkpoint, tmp_path):
         pifa_compile.load(folder)
     with pytest.raises(InputError, match="cannot load"):
         empty_model(tmp_path / "nowhere")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    with pytest.raises(InputError, match=f"the config of {tmp_path} names no architecture; write architectures"):
+        empty_model(tmp_path)
+
+
+def test_a_model_that_is_one_linear_layer_cannot_be_replaced_in_place():
+    model = compressed(nn.Linear(32, 48))
+    before = model.weight.detach().clone()
+    with pytest.raises(InputError, match=r"the model itself is a linear layer; put it into a module"):
+        pifa_compile.apply_(model)
+    assert type(model) is nn.Linear and torch.equal(model.weight, before)
 
 
 MEMORY = """

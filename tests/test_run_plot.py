@@ -46,8 +46,12 @@ def test_the_command_draws_and_says_so(store, tmp_path, capsys):
     run = run_of(Blocks(), Svd(density=0.6, rank_multiple=1), store)
     assert main(["inspect", run.run_id, "--plot", str(tmp_path / "run.svg")]) == 0
     assert f"plot: {tmp_path / 'run.svg'}" in capsys.readouterr().out and (tmp_path / "run.svg").is_file()
+
+
+def test_a_picture_is_of_one_run(store, tmp_path, capsys):
+    run_of(Blocks(), Svd(density=0.6, rank_multiple=1), store)
     assert main(["inspect", "--plot", str(tmp_path / "run.svg")]) == 2
-    assert "name the run" in capsys.readouterr().err
+    assert "--plot is the picture of one run; name the run" in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn(store, tmp_path, monkeypatch):

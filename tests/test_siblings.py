@@ -78,7 +78,7 @@ def only(tile):
     return tiles.use_table(replace(TABLES["safe"], tiles=tuple(replace(row, span=always) for row in rows)))
 
 
-def program_for(tokens, n, sizes, dtype, then=lambda y: y):
+def program_for(tokens, n, sizes, dtype, then=lambda y: y, **settings):
     k = len(sizes)
 
     def given():
@@ -87,7 +87,32 @@ def program_for(tokens, n, sizes, dtype, then=lambda y: y):
         orders = [fake(m, dtype=torch.int32) for m, _ in sizes]
         return [*(fake(*shape, dtype=dtype) for shape in [(tokens, n), *rows, *others]), *orders]
 
-    return generate(lambda x, *f: then(siblings(x, list(f[:k]), list(f[k : 2 * k]), list(f[2 * k :]))), given)
+    def applied(x, *f):
+        return then(siblings(x, list(f[:k]), list(f[k : 2 * k]), list(f[2 * k :])))
+
+    return generate(applied, given, **settings)
+
+
+@pytest.mark.parametrize("slowest", [0, -1])
+def test_the_tile_that_is_measured_to_be_the_fastest_is_taken(slowest):
+    tile = next(t for _, t in TILES if t.template == "siblings_head")
+    always = replace(tile, span=tiles.Span(("bfloat16",), 1, None))
+    other = replace(always, warps=2 * tile.warps)
+    tail = next(t for _, t in TILES if t.template == "siblings_tail")
+    given = (always, other, replace(tail, span=always.span))
+
+    def seconds(choice):
+        return 2.0 if choice.bmreq.num_warps == given[:2][slowest].warps else 1.0
+
+    with tiles.use_table(replace(TABLES["safe"], tiles=given)):
+        program = program_for(2, 64, [(48, 16)] * 2, torch.bfloat16, max_autotune=True, seconds=seconds)
+    assert kernels(program)[0].warps == given[:2][slowest - 1].warps
+
+
+def test_more_tokens_than_any_tile_is_for_are_refused():
+    """The graph pass asks first; a graph of somebody else may hold the operator."""
+    with pytest.raises(Exception, match=r"no tile of siblings_head for torch\.bfloat16 and 4096 tokens"):
+        program_for(4096, 64, [(48, 16)] * 2, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)

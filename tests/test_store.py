@@ -1028,7 +1028,7 @@ def test_verify_lists_every_problem(store):
 
 def test_the_default_place(monkeypatch, tmp_path):
     monkeypatch.setenv("PIFA_CACHE_DIR", str(tmp_path / "mine"))
-    assert Store().root == tmp_path / "mine"
+    assert Store().root == tmp_path / "mine" and str(tmp_path / "mine") in repr(Store())
     monkeypatch.delenv("PIFA_CACHE_DIR")
     import huggingface_hub
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from pifa_compile.kernels.tail import tail_by_library
+from pifa_compile.kernels import tail
+from pifa_compile.kernels.tail import some_order, tail_by_library
 
 
 @pytest.mark.parametrize(("dtypes", "bound"), [
@@ -25,3 +28,14 @@ def test_every_column_is_written_where_the_row_order_says(dtypes, bound, tokens,
     exact[:, order.long()] = scale * torch.cat([y_p.double(), y_p.double() @ c.double().T], -1)
     assert y.dtype == dtype and y.shape == exact.shape
     assert tokens == 0 or relative(y, exact) < bound
+
+
+@pytest.mark.parametrize("aligned", [1, 8])
+def test_what_is_measured_stores_every_column_once(aligned, monkeypatch):
+    memory = torch.full((48,), 10**6, dtype=torch.int32)  # as uninitialised memory may be
+    monkeypatch.setattr(tail, "autotuner", lambda: SimpleNamespace(numbers=lambda ir: memory))
+    order = some_order(None, aligned)
+    assert order.dtype == torch.int32 and order.sort().values.tolist() == list(range(48))
+    groups = order.view(-1, aligned)
+    assert bool((groups[:, :1] % aligned == 0).all() and (groups - groups[:, :1] == torch.arange(aligned)).all())
+    assert not torch.equal(order, order.sort().values)

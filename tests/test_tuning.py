@@ -341,6 +341,9 @@ def test_models_that_cannot_be_tuned_are_refused(pair, language_folder):
         untrainable = pifa_compile.apply_(load_model(language_folder)[0])
     with pytest.raises(InputError, match=r"q_proj.pivot_rows was made under torch.inference_mode"):
         run(untrainable, loss="lm")
+    empty = copy.deepcopy(model).to("meta")
+    with pytest.raises(InputError, match=r"q_proj.pivot_rows is torch.float32 on meta and cannot be trained; load"):
+        run(empty, loss="lm")
     other = copy.deepcopy(dense)
     other.resize_token_embeddings(300)
     with pytest.raises(InputError, match=r"teacher's outputs are \(\d, 32, 300\), the model's \(\d, 32, 256\)"):
