@@ -14,7 +14,7 @@ import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def find_cpp_flags() -> None:
     if not _without_isa():
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+        wait(begin_isa_checks())
         pick_vec_isa()
 
 

@@ -55,8 +55,6 @@ def pifa(
     The graph is rewritten in place. Weights keep their dense copy, because the model still owns it.
     """
     settings = resolve(mode, options)
-    on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
-    checks = _torch.begin_isa_checks() if on_cpu and settings.inner != "eager" else []  # beside the passes
     warn_of_constants(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, example_inputs, strict=True))
@@ -74,11 +72,15 @@ def pifa(
 
     context = make_context(settings, values, find, factor_pairs)
     dense = DenseGraph(gm)
-    run_passes(gm, context)
+    on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
+    checks = _torch.begin_isa_checks() if on_cpu and settings.inner != "eager" else []  # beside the passes
+    try:
+        run_passes(gm, context)
+    finally:
+        wait(checks)
     held.clear()  # what refers to it refers to itself, and would live until the collector comes
     _tell(context)
     kept = gm.graph.find_nodes(op="placeholder")
-    wait(checks)
     compiled = _compile_inner(gm, [values[node] for node in kept], settings)
     watched = context.plan.watched(values)
     guard_identity(list(watched))
