@@ -43,7 +43,8 @@ FEW_RUNS = 4
 
 #: Features of all tokens together from which the kernel that merges is called, which takes 10 us more than a loop of
 #: Inductor's. It pays later, but such a loop of slices is another one for every layer: a gated Llama of 6 layers and
-#: 16 layers of width 1024 compiled in 1.21 and 1.25 of dense with loops, and in 1.17 and 1.11 with the kernel.
+#: 16 layers of width 1024 compiled in 1.21 and 1.25 of dense with loops, and in 1.17 and 1.11 with the kernel (both
+#: before Inductor's look at the processor was begun beside the passes).
 MERGED = 1 << 15
 
 #: Sizes of aligned groups of output rows, largest first, that are gathered as one.

@@ -1,6 +1,8 @@
 """Fixtures for all tests: a clean environment, a store of its own for each test, float64 oracles and golden files."""
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +44,19 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def store(tmp_path: Path) -> Store:
     """An empty store, the one that is used where none is named."""
     return Store(tmp_path / "store")
+
+
+def counting_compiler(folder: Path, *, compiles: bool = True) -> tuple[Path, Callable[[], list[str]]]:
+    """The compiler that Inductor takes by default, for CXX, and what tells its calls with something to compile.
+
+    Not ``compiles``: it answers what it is, and fails at every source.
+    """
+    path, calls = folder / "g++", folder / "calls.txt"
+    calls.write_text("")
+    refuse = "" if compiles else 'case "$*" in *.cpp*) exit 1 ;; esac\n'
+    path.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(calls))}\n{refuse}exec {shutil.which("g++")} "$@"\n')
+    path.chmod(0o755)
+    return path, lambda: [line for line in calls.read_text().splitlines() if ".cpp" in line]
 
 
 def byte_tokenizer() -> Any:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import counting_compiler
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -66,26 +66,16 @@ print(json.dumps(found))
 
 def run(folder: Path, **given: object) -> dict:
     """What SCRIPT finds, and under "compilations" how often a C++ compiler was called with something to compile."""
-    calls = folder / "calls.txt"
-    calls.write_text("")
+    compiler, calls = counting_compiler(folder)
     environment = os.environ | {
         "PIFA_CACHE_DIR": str(folder / "store"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "CXX": str(counting_compiler(folder, calls)),
+        "CXX": str(compiler),
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    compilations = [line for line in calls.read_text().splitlines() if ".cpp" in line]
-    return json.loads(done.stdout) | {"compilations": len(compilations)}
-
-
-def counting_compiler(folder: Path, calls: Path) -> Path:
-    """The compiler that Inductor takes by default, which also writes down what it is called with."""
-    path = folder / "g++"
-    path.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(calls))}\nexec {shutil.which("g++")} "$@"\n')
-    path.chmod(0o755)
-    return path
+    return json.loads(done.stdout) | {"compilations": len(calls())}
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import json
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import counting_compiler
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="Inductor compiles nothing to know other processors"
@@ -29,33 +28,25 @@ else:
 """
 
 
-def looked(folder: Path, *, begin: bool, look: bool, works: bool = True) -> tuple[list, list[str]]:
+def looked(folder: Path, *, begin: bool, look: bool, compiles: bool = True) -> tuple[list, list[str]]:
     """What the script prints, and the sources and flags that the compiler was called with."""
-    refuse = "" if works else 'case "$*" in *.cpp*) exit 1 ;; esac\n'
-    calls, path = folder / "calls.txt", folder / "g++"
-    calls.write_text("")
-    path.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(calls))}\n{refuse}exec {shutil.which("g++")} "$@"\n')
-    path.chmod(0o755)
-    environment = os.environ | {"CXX": str(path), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    folder.mkdir(exist_ok=True)
+    compiler, calls = counting_compiler(folder, compiles=compiles)
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     command = [sys.executable, "-c", SCRIPT, json.dumps({"begin": begin, "look": look})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line.replace(str(folder), "") for line in calls.read_text().splitlines() if ".cpp" in line]
-    return json.loads(done.stdout), sorted(lines)
+    return json.loads(done.stdout), sorted(line.replace(str(folder), "") for line in calls())
 
 
 def test_the_programs_begun_are_those_of_inductor(tmp_path):
     """With a compiler that fails: then Inductor tries the first program of each set of instructions, and no more."""
-    for name in ("begun", "own"):
-        (tmp_path / name).mkdir()
-    waiting, begun = looked(tmp_path / "begun", begin=True, look=False, works=False)
-    _, own = looked(tmp_path / "own", begin=False, look=True, works=False)
+    waiting, begun = looked(tmp_path / "begun", begin=True, look=False, compiles=False)
+    _, own = looked(tmp_path / "own", begin=False, look=True, compiles=False)
     assert waiting == [0] and begun and begun == own
 
 
 def test_what_is_begun_is_compiled_once_and_changes_no_flags(tmp_path):
-    for name in ("begun", "own"):
-        (tmp_path / name).mkdir()
     flags, begun = looked(tmp_path / "begun", begin=True, look=True)
     assert begun and len(set(begun)) == len(begun)
     assert (flags, begun) == looked(tmp_path / "own", begin=False, look=True)
