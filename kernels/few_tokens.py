@@ -26,16 +26,15 @@ SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, T
 
 @dataclass(frozen=True)
 class Most:
-    """From ``least`` tokens up to how many this is the fastest form, against weights as they are and packed."""
+    """Up to how many tokens this is the fastest form, against weights as they are and packed."""
 
     plain: int
     packed: int
-    least: int = 1
 
 
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(32, 16), torch.bfloat16: Most(32, 4), torch.float16: Most(512, 512, least=2)}
+_WIDE = {torch.float32: Most(64, 8), torch.bfloat16: Most(96, 32), torch.float16: Most(512, 512)}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
@@ -44,7 +43,7 @@ def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
 
     If so, has the kernel compiled meanwhile.
     """
-    found = _span(dtype).least <= tokens <= most_tokens(dtype, packed=packed)
+    found = 1 <= tokens <= most_tokens(dtype, packed=packed)
     if found:
         native.begin("few_tokens", KINDS[dtype])
     return found
@@ -52,16 +51,12 @@ def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
 
 def most_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
     """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
-    span = _span(dtype)
-    return span.packed if packed else span.plain
-
-
-def _span(dtype: torch.dtype) -> Most:
     have = _torch.cpu_instructions()
     if dtype not in KINDS or (dtype == torch.float16 and not have & {"avx512f", "f16c"}):
-        return Most(0, 0)
+        return 0
     wide = "avx512f" in have and (dtype != torch.bfloat16 or "avx512_bf16" in have)
-    return (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
+    most = (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
+    return most.packed if packed else most.plain
 
 
 @functools.cache
@@ -73,18 +68,19 @@ def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:
 def _few_tokens(
     x: Tensor, pivot_rows: Tensor, coefficients: Tensor, row_order: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    (r, n), m = pivot_rows.shape, row_order.shape[0]
-    given = (pivot_rows, coefficients) if bias is None else (pivot_rows, coefficients, bias)
-    torch._check(
-        x.shape[-1] == n and coefficients.shape == (m - r, r) and (bias is None or bias.shape == (m,)),
-        lambda: f"pifa::few_tokens: x {tuple(x.shape)}, pivot rows {tuple(pivot_rows.shape)}, "
-        f"coefficients {tuple(coefficients.shape)} and {m} rows do not fit each other",
-    )
-    torch._check(
-        all(t.dtype == x.dtype for t in given) and row_order.dtype == torch.int32,
-        lambda: "pifa::few_tokens: x, pivot rows, coefficients and bias must have one dtype, the row order int32",
-    )
-    kernel = _kernel(x.dtype)
+    # Python is a twentieth of a layer's time here: no checks with closures, no calls that change nothing.
+    (r, n), m, dtype = pivot_rows.shape, row_order.shape[0], x.dtype
+    if x.shape[-1] != n or coefficients.shape != (m - r, r) or not (bias is None or bias.shape == (m,)):
+        raise RuntimeError(
+            f"pifa::few_tokens: x {tuple(x.shape)}, pivot rows {tuple(pivot_rows.shape)}, "
+            f"coefficients {tuple(coefficients.shape)} and {m} rows do not fit each other"
+        )
+    alike = pivot_rows.dtype == coefficients.dtype == dtype and (bias is None or bias.dtype == dtype)
+    if not alike or row_order.dtype != torch.int32:
+        raise RuntimeError(
+            "pifa::few_tokens: x, pivot rows, coefficients and bias must have one dtype, the row order int32"
+        )
+    kernel = _kernel(dtype)
     if kernel is None:  # no compiler, or a processor without such numbers
         return op.reference(x, pivot_rows, coefficients, row_order, bias)
     held = [t.contiguous() for t in (x, pivot_rows, coefficients, row_order)]
@@ -92,7 +88,7 @@ def _few_tokens(
         bias = bias.contiguous()
     y = x.new_empty((*x.shape[:-1], m))
     failed = kernel(
-        *(t.data_ptr() for t in held), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        *[t.data_ptr() for t in held], None if bias is None else bias.data_ptr(), y.data_ptr(),
         x.numel() // n, m, n, r, torch.get_num_threads(),
     )  # fmt: skip
     if failed:

@@ -91,8 +91,8 @@ def test_it_is_a_proper_operator():
 
 @pytest.mark.parametrize(("flags", "most"), [
     ({"avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16"}, (16, 3, 8)),
-    ({"avx512f", "avx512_bf16"}, (32, 32, 512)),
-    ({"avx512f"}, (32, 2, 512)),
+    ({"avx512f", "avx512_bf16"}, (64, 96, 512)),
+    ({"avx512f"}, (64, 2, 512)),
     ({"avx2", "f16c"}, (8, 2, 2)),
     (set(), (8, 2, 0)),
 ])  # fmt: skip
@@ -102,5 +102,4 @@ def test_the_processor_decides_how_many_tokens_are_few(flags, most, monkeypatch)
     assert all(most_tokens(dtype, packed=True) <= most_tokens(dtype) for dtype in DTYPES)
     assert most_tokens(torch.float64) == 0
     assert serves(1, torch.float32) and serves(1, torch.bfloat16) and not serves(0, torch.float32)
-    assert serves(2, torch.float16) == (most[2] > 0)
-    assert serves(1, torch.float16) == (0 < most[2] < 512)  # where a library is good at one token alone
+    assert serves(1, torch.float16) == serves(2, torch.float16) == (most[2] > 0)

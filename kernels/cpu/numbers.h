@@ -62,6 +62,7 @@ struct Float32 {
   static void add_product(Floats &sum, Vector a, Vector b) { sum += a * b; }
   static float widen(Stored v) { return v; }
   static Stored round(float v) { return v; }
+  static void round_four(const float *from, Stored *to) { memcpy(to, from, 4 * sizeof *to); }
 };
 
 struct Bfloat16 {
@@ -89,6 +90,14 @@ struct Bfloat16 {
     bool nan = (word & 0x7fffffff) > 0x7f800000; // by its bits: the compiler may be told that there are none
     return nan ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
   }
+  static void round_four(const float *from, Stored *to) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    typedef uint16_t FourShorts __attribute__((vector_size(8)));
+    Four words = read<Four>(from), nan = (Four)((words & 0x7fffffff) > 0x7f800000);
+    Four rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
+    FourShorts shorts = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), FourShorts);
+    memcpy(to, &shorts, sizeof shorts);
+  }
 };
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -108,6 +117,9 @@ struct Float16 {
   static float widen(Stored v) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(v))); }
   static Stored round(float v) {
     return _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void round_four(const float *from, Stored *to) {
+    _mm_storel_epi64((__m128i *)to, _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 #endif
