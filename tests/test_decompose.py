@@ -207,17 +207,19 @@ def test_many_features_are_merged(dtype, relative, applied):
     y, found = compiled_with(PifaLinear(made, bias), x)
     assert found == ["pifa::merge"]
     assert relative(y, applied(made, x) + bias.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
-    y, found = compiled_with(PifaLinear(free_layer()), torch.randn(65, 192))
+    y, found = compiled_with(PifaLinear(free_layer()), torch.randn(most_tokens(torch.float32) + 1, 192))
     assert found == []  # too little to pay for a call
 
 
 def test_packed_weights_win_with_fewer_tokens(relative, applied):
-    made, most = free_layer(), most_tokens(torch.float32, packed=True)
-    assert 0 < most < most_tokens(torch.float32)
+    most = most_tokens(torch.bfloat16, packed=True)
+    if most == most_tokens(torch.bfloat16):
+        pytest.skip("no difference on this processor")
+    made = free_layer(dtype=torch.bfloat16)
     for tokens in (most, most + 1):
-        x = torch.randn(tokens, 192)
+        x = torch.randn(tokens, 192).bfloat16()
         y, found = compiled_with(PifaLinear(made), x, freezing=True)
-        assert (found == ["pifa::few_tokens"]) == (tokens == most) and relative(y, applied(made, x)) < 1e-6
+        assert (found == ["pifa::few_tokens"]) == (tokens == most) and relative(y, applied(made, x)) < 1e-2
 
 
 def test_an_unknown_number_of_tokens_is_never_few(relative, applied):

@@ -91,8 +91,8 @@ def test_it_is_a_proper_operator():
 
 @pytest.mark.parametrize(("flags", "most"), [
     ({"avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16"}, (16, 3, 8)),
-    ({"avx512f", "avx512_bf16"}, (64, 96, 512)),
-    ({"avx512f"}, (64, 2, 512)),
+    ({"avx512f", "avx512_bf16"}, (96, 96, 512)),
+    ({"avx512f"}, (96, 2, 512)),
     ({"avx2", "f16c"}, (8, 2, 2)),
     (set(), (8, 2, 0)),
 ])  # fmt: skip
