@@ -34,7 +34,7 @@ class Most:
 
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(96, 96), torch.bfloat16: Most(96, 32), torch.float16: Most(512, 512)}
+_WIDE = {torch.float32: Most(96, 96), torch.bfloat16: Most(96, 16), torch.float16: Most(512, 512)}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
