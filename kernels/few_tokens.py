@@ -26,37 +26,43 @@ SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, T
 
 @dataclass(frozen=True)
 class Most:
-    """Up to how many tokens this is the fastest form, against weights as they are and packed."""
+    """Up to how many tokens this is the fastest form, against weights as they are and packed.
+
+    numbers  how many numbers x may have against packed weights: more do not stay in the nearest cache
+    """
 
     plain: int
     packed: int
+    numbers: int | None = None
 
 
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(96, 96), torch.bfloat16: Most(96, 16), torch.float16: Most(512, 512)}
+_WIDE = {torch.float32: Most(96, 96), torch.bfloat16: Most(96, 32, 1 << 15), torch.float16: Most(512, 512)}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
-def serves(tokens: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
-    """Whether this is the fastest form for so many tokens on this processor; ``packed``: against packed weights.
+def serves(tokens: int, inputs: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
+    """Whether this is the fastest form for so many tokens and inputs on this processor; ``packed``: if weights are.
 
     If so, has the kernel compiled meanwhile.
     """
-    found = 1 <= tokens <= most_tokens(dtype, packed=packed)
+    found = 1 <= tokens <= most_tokens(dtype, inputs, packed=packed)
     if found:
         native.begin("few_tokens", KINDS[dtype])
     return found
 
 
-def most_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
+def most_tokens(dtype: torch.dtype, inputs: int = 1, *, packed: bool = False) -> int:
     """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
     have = _torch.cpu_instructions()
     if dtype not in KINDS or (dtype == torch.float16 and not have & {"avx512f", "f16c"}):
         return 0
     wide = "avx512f" in have and (dtype != torch.bfloat16 or "avx512_bf16" in have)
     most = (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
-    return most.packed if packed else most.plain
+    if not packed:
+        return most.plain
+    return most.packed if most.numbers is None else min(most.packed, most.numbers // inputs)
 
 
 @functools.cache

@@ -101,5 +101,13 @@ def test_the_processor_decides_how_many_tokens_are_few(flags, most, monkeypatch)
     assert tuple(map(most_tokens, DTYPES)) == most
     assert all(most_tokens(dtype, packed=True) <= most_tokens(dtype) for dtype in DTYPES)
     assert most_tokens(torch.float64) == 0
-    assert serves(1, torch.float32) and serves(1, torch.bfloat16) and not serves(0, torch.float32)
-    assert serves(1, torch.float16) == serves(2, torch.float16) == (most[2] > 0)
+    assert serves(1, 64, torch.float32) and serves(1, 64, torch.bfloat16) and not serves(0, 64, torch.float32)
+    assert serves(1, 64, torch.float16) == serves(2, 64, torch.float16) == (most[2] > 0)
+
+
+def test_wide_layers_with_packed_weights_have_fewer(monkeypatch):
+    monkeypatch.setattr(_torch, "cpu_instructions", lambda: frozenset({"avx512f", "avx512_bf16"}))
+    for inputs, most in ((64, 32), (1024, 32), (2048, 16), (4096, 8), (11008, 2), (1 << 16, 0)):
+        assert most_tokens(torch.bfloat16, inputs, packed=True) == most
+        assert serves(max(most, 1), inputs, torch.bfloat16, packed=True) == (most > 0)
+        assert not serves(most + 1, inputs, torch.bfloat16, packed=True) and serves(96, inputs, torch.bfloat16)
