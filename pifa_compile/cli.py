@@ -424,21 +424,22 @@ def _bench(options: argparse.Namespace) -> int:
 
     _quiet()
     what, given = options.what, {"rounds": options.rounds, "say": _say}
-    if what != "kernels" and (options.plot is not None or options.warm):
-        raise OptionError("--plot and --warm are for kernels")
+    if what != "kernels" and options.plot is not None:
+        raise OptionError("--plot is for kernels")
+    if what in ("model", "compile") and options.warm:
+        raise OptionError("--warm is for kernels and layers")
     if what in ("kernels", "compile") and options.without:
         raise OptionError("--without is for layers and model")
     dtypes = [_dtype(name) for name in options.dtype or ("float32", "bfloat16")]
     density: dict[str, Any] = {} if options.density is None else {"densities": options.density}
     freezing = {"off": (False,), "on": (True,), "both": (False, True)}[options.freezing]
     shared = {"dtypes": dtypes, "freezing": freezing} | ({"tokens": options.tokens} if options.tokens else {})
+    shared |= {"cold": not options.warm}
     if what == "kernels":
-        names, cold = options.names or ["square-2048"], not options.warm
-        report = bench_kernels(names, cold=cold, **density, **shared, **given)
+        report = bench_kernels(options.names or ["square-2048"], **density, **shared, **given)
     elif what == "layers":
-        report = bench_layers(
-            options.names or ["gated-2048", "block-2048"], without=options.without, **density, **shared, **given
-        )
+        names = options.names or ["gated-2048", "block-2048"]
+        report = bench_layers(names, without=options.without, **density, **shared, **given)
     else:
         (name,) = options.names or ["random-llama-256"]
         if what == "compile":
@@ -628,7 +629,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be repeated")
     bench.add_argument("--freezing", choices=("off", "on", "both"), default="off", help="Inductor's (default: off)")
     bench.add_argument("--without", nargs="+", default=(), metavar="PASS", help="layers and model: rows without a pass")
-    bench.add_argument("--warm", action="store_true", help="kernels: let caches keep the weights from call to call")
+    bench.add_argument("--warm", action="store_true", help="kernels and layers: let caches keep weights between calls")
     bench.add_argument("--rounds", type=_count, default=5, help="turns that the medians are of (default 5)")
     bench.add_argument("--out", type=Path, help="write JSON with machine, versions and revision to this file")
     bench.add_argument("--plot", type=Path, help="draw the rows of kernels into this folder, as PNG and SVG")

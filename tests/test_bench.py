@@ -24,6 +24,7 @@ def machine(monkeypatch):
     profile = cost.Profile(machines.device_name(), 1e10, rates, 1e9, 1e-5)
     monkeypatch.setattr(machines, "measure_profile", lambda device="cpu": profile)
     monkeypatch.setattr(kernels, "MOST_LAYERS", 2)
+    monkeypatch.setattr(models, "MOST_BLOCKS", 2)
     monkeypatch.setitem(shapes.SHAPES, "tiny", {"square": (64, 64), "flat": (48, 8)})
     monkeypatch.setitem(models.BLOCKS, "tiny", lambda: models.Block(64, 96))
     monkeypatch.setitem(models.RANDOM, "tiny", {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
@@ -75,8 +76,17 @@ def test_blocks_run_through_the_backend_with_factors_of_the_density():
     torch.manual_seed(0)
     settings = {"densities": (0.6,), "tokens": (3,), "dtypes": (torch.float32,), "rounds": 1}
     found = models.bench_layers(["tiny"], freezing=(False, True), **settings)
-    assert [row["freezing"] for row in found.rows] == [False, True]
+    assert [(row["freezing"], row["blocks"]) for row in found.rows] == [(False, 2), (True, 2)]
     assert all(row["right"] and row["error"] < 1e-5 for row in found.rows)
+    (warm,) = models.bench_layers(["tiny"], freezing=(False,), cold=False, **settings).rows
+    assert warm["blocks"] == 1 and warm["right"]
+
+
+def test_blocks_take_turns_until_caches_are_too_small_for_them(monkeypatch):
+    monkeypatch.setattr(models, "MOST_BLOCKS", 8)
+    block = models.BLOCKS["block-2048"]()
+    assert models._blocks_beyond_caches(block, 0.55 * 2) == 5 and models._blocks_beyond_caches(block, 0.55 * 4) == 3
+    assert models._blocks_beyond_caches(nn.Linear(8, 8), 1.0) == 8
 
 
 def test_what_a_pass_gave_is_shown_by_rows_without_it(monkeypatch):
@@ -153,6 +163,6 @@ def test_the_command(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows"] == json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert cli.main(["bench", "model", "tiny", "--plot", str(tmp_path)]) == cli.USAGE
-    assert cli.main(["bench", "layers", "tiny", "--warm"]) == cli.USAGE
+    assert cli.main(["bench", "model", "tiny", "--warm"]) == cli.USAGE
     assert cli.main(["bench", "kernels", "tiny", "--without", "fold"]) == cli.USAGE
     assert "--without is for layers and model" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from pifa_compile import _torch
 from pifa_compile.bench.factors import put_random_factors
+from pifa_compile.bench.kernels import BEYOND_CACHES
 from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.timing import in_turns
 from pifa_compile.errors import InputError, did_you_mean
@@ -29,6 +31,9 @@ from pifa_compile.loading import load_model
 from pifa_compile.passes import lookup, pipeline
 from pifa_compile.prepare import apply_, restore_
 from pifa_compile.store import Store
+
+#: Blocks that take turns at most: all of them are compiled.
+MOST_BLOCKS = 8
 
 LAYER_COLUMNS = (
     "model", "dtype", "density", "N", "freezing", "without", "ms dense", "ms", "of dense", "error", "right",
@@ -82,6 +87,17 @@ class Block(nn.Module):
         return out
 
 
+class Several(nn.Module):
+    """Blocks with weights of their own, each on an input of its own, so that they are no siblings."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [block(x) for block, x in zip(self.blocks, inputs, strict=True)]
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "mlp-1024": lambda: Mlp(1024, 4096),
     "mlp-2048": lambda: Mlp(2048, 8192),
@@ -101,25 +117,34 @@ def bench_layers(
     freezing: Sequence[bool] = (False, True),
     without: Sequence[str] = (),
     rounds: int = 5,
+    cold: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Time named blocks of layers, transparent through the backend, with random factors of the density's ranks.
 
     N        tokens, in one sequence
     without  names of graph passes: for each there are rows in which it is left out
+    cold     several blocks take turns, so that weights come from memory; else one, with what the caches hold of it
     """
-    report = Report(f"blocks of layers, medians of {rounds} turns", LAYER_COLUMNS)
+    caches = "cold" if cold else "warm"
+    report = Report(f"blocks of layers, caches {caches}, medians of {rounds} turns", LAYER_COLUMNS)
     for name, dtype in product(blocks, dtypes):
         if name not in BLOCKS:
             raise InputError(f"no block named {name!r}; known: {', '.join(BLOCKS)}{did_you_mean(name, BLOCKS)}")
         say(f"{name}, {_torch.dtype_name(dtype)}")
         torch.manual_seed(0)
-        model = BLOCKS[name]().to(dtype).requires_grad_(False).eval()
-        width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
-        inputs = {N: {"x": torch.randn(1, N, width).to(dtype)} for N in tokens}
         for density in densities:
-            report.rows += _compare(name, model, inputs, density, freezing, rounds, without)
+            count = _blocks_beyond_caches(BLOCKS[name](), density * dtype.itemsize) if cold else 1
+            model = Several([BLOCKS[name]() for _ in range(count)]).to(dtype).requires_grad_(False).eval()
+            width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
+            inputs = {N: {"inputs": [torch.randn(1, N, width).to(dtype) for _ in range(count)]} for N in tokens}
+            report.rows += _compare(name, model, inputs, density, freezing, rounds, without, count)
     return report
+
+
+def _blocks_beyond_caches(block: nn.Module, bytes_of_number: float) -> int:
+    size = sum(p.numel() for p in block.parameters()) * bytes_of_number
+    return min(MOST_BLOCKS, math.ceil(BEYOND_CACHES / size))
 
 
 def bench_model(
@@ -152,12 +177,14 @@ def bench_model(
 def _compare(
     name: str,
     model: nn.Module,
-    inputs: Mapping[int, Mapping[str, Tensor]],
+    inputs: Mapping[int, Mapping[str, Any]],
     density: float,
     freezing: Sequence[bool],
     rounds: int,
     without: Sequence[str],
+    blocks: int = 1,
 ) -> list[Row]:
+    """Rows of times per block, of so many that the model has."""
     if unknown := sorted(set(without) - set(OPTIONAL)):
         raise InputError(f"no pass {unknown[0]!r} can be left out; those that can: {', '.join(OPTIONAL)}")
     rows: list[Row] = []
@@ -179,8 +206,9 @@ def _compare(
                     runs[left_out] = functools.partial(ours, **given)
                     with _without(left_out):
                         errors[left_out] = _error(runs[left_out](), wanted)
-                taken = in_turns(runs, rounds=rounds, seconds=0.2)
-            known = {"model": name, "dtype": _torch.dtype_name(dtype), "density": density, "N": N, "freezing": frozen}
+                taken = {run: took / blocks for run, took in in_turns(runs, rounds=rounds, seconds=0.2).items()}
+            known = {"model": name, "blocks": blocks, "dtype": _torch.dtype_name(dtype), "density": density}
+            known |= {"N": N, "freezing": frozen}
             rows += [
                 known
                 | {"without": left_out, "ms dense": taken["dense"] * 1e3, "ms": taken[left_out] * 1e3}
@@ -206,8 +234,11 @@ def _without(name: str) -> Iterator[None]:
         pipeline.PIPELINE = steps
 
 
-def _in_double(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+def _in_double(given: Mapping[str, Any]) -> dict[str, Any]:
+    def double(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    return {name: double(t) if isinstance(t, Tensor) else [*map(double, t)] for name, t in given.items()}
 
 
 def _error(found: Any, wanted: Any) -> float:
