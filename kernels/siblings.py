@@ -87,7 +87,9 @@ def _launch(
     choices: list[Any] = []
     for tile in table_for(device_name(device)).candidates(name, dtype_name(dtype), auto.expected(tokens)):
         own = settings(tile, SIBLINGS=siblings, TILES=tiles(tile.constants["BLOCK_N"]))
-        problem = auto.add(choices, template(name), inputs, layout, **own)
+        # A head may be the first kernel of a program, right behind one that has changed the weights.
+        early = tile.early and name == "siblings_tail"
+        problem = auto.add(choices, template(name), inputs, layout, early=early, **own)
         if problem is None and not auto.measures():
             break  # the table decides
     if not choices:

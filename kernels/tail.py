@@ -46,7 +46,8 @@ def lower(
     tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
     choices: list[Any] = []
     for tile in tiles:
-        problem = auto.add(choices, template(tile.template), inputs, layout, **_settings(tile, y_p, out_scale, aligned))
+        own = _settings(tile, y_p, out_scale, aligned)
+        problem = auto.add(choices, template(tile.template), inputs, layout, early=tile.early, **own)
         if problem is not None:
             log.debug("tail tile %s: %s", tile, problem)
         elif not auto.measures():

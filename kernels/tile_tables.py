@@ -22,6 +22,7 @@ from pifa_compile.cost import Profile
 
 FOLDER = Path(__file__).with_name("tiles")
 SAFE = "safe"
+EARLY = "early"
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch configuration of one template: its constants, warps per program and pipeline stages."""
+    """A launch configuration of one template: its constants, warps per program and pipeline stages.
+
+    ``early``: programs start while the kernel ahead still runs, and wait before they read what it writes (programmatic
+    dependent launch); of a first half, that it lets those of the second half start.
+    """
 
     template: str
     span: Span
@@ -48,6 +53,7 @@ class Tile:
     warps: int
     stages: int
     reason: str
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Table:
 
     ``untried`` names templates that have not yet given right numbers on the device itself and are left out until then:
     those whose programs wait for each other, or that use TMA, of which a compiler and an interpreter say too little.
+    ``EARLY`` among them stands for the early tiles of all templates.
     """
 
     device: str
@@ -93,7 +100,8 @@ class Table:
         """The rows of a template for one call, the preferred one first."""
         if template in self.untried:
             return []
-        return [t for t in self.tiles if t.template == template and t.span.holds(dtype, tokens)]
+        rows = [t for t in self.tiles if t.template == template and t.span.holds(dtype, tokens)]
+        return [t for t in rows if not (t.early and EARLY in self.untried)]
 
     def form(self, dtype: str, tokens: int, rank_share: float) -> str | None:
         """The form that a row names for the call; None where no row does."""
@@ -160,4 +168,5 @@ def _span(row: dict[str, Any]) -> Span:
 
 
 def _tile(row: dict[str, Any]) -> Tile:
-    return Tile(row["template"], _span(row), row["constants"], row["warps"], row["stages"], row["reason"])
+    shape = row["constants"], row["warps"], row["stages"]
+    return Tile(row["template"], _span(row), *shape, row["reason"], row.get("early", False))

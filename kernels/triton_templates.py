@@ -53,6 +53,7 @@ def settings(tile: Tile, **own: Any) -> dict[str, Any]:
     """What a template is rendered with: the tile's constants, those that all templates read, and its own."""
     return {
         **tile.constants,
+        "EARLY": tile.early,
         "ACC_TYPE": "tl.float32",
         "ALLOW_TF32": tf32_allowed(),
         "num_warps": tile.warps,

@@ -449,8 +449,17 @@ class InductorAutotuner:
         """The inputs as buffers in memory."""
         return [self._select.realize_inputs(x) for x in inputs]
 
-    def add(self, choices: list[Any], template: Any, inputs: list[Any], layout: Any, **settings: Any) -> str | None:
-        """Render a template and append it to the choices; returns what was wrong where it cannot be rendered."""
+    def add(
+        self, choices: list[Any], template: Any, inputs: list[Any], layout: Any, *, early: bool = False, **settings: Any
+    ) -> str | None:
+        """Render a template and append it to the choices; returns what was wrong where it cannot be rendered.
+
+        early  launch it while the kernel ahead of it still runs; the template says where it waits for that one
+        """
+        if early and "triton_meta" not in inspect.signature(template.generate).parameters:
+            return "torch before 2.13 has no way to launch a template early"
+        if early:
+            settings["triton_meta"] = {"launch_pdl": True}
         problem = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **settings)
         return None if problem is None else str(problem)
 

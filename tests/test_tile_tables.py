@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_a_table_serves_every_call_and_gives_its_reasons(path):
         assert tile.warps in (1, 2, 4, 8) and all(value > 0 for value in tile.constants.values())
     assert len({str(tile) for tile in table.tiles}) == len(table.tiles)
     assert set(table.rates.flop_per_second) == {"float16", "bfloat16", "float32", "tfloat32"}
+
+
+def test_early_tiles_wait_until_their_device_has_tried_them():
+    table = tile_tables.read(tile_tables.FOLDER / "nvidia-h200.json")
+    early = {t.template for t in table.tiles if t.early}
+    assert early == {"tail", "tail_gemv", "siblings_head", "siblings_tail"}
+    for template in early:
+        tried = replace(table, untried=()).candidates(template, "bfloat16", 2)
+        untried = replace(table, untried=(tile_tables.EARLY,)).candidates(template, "bfloat16", 2)
+        assert tried[0].early and untried == [t for t in tried if not t.early] != []
+        assert replace(tried[0], early=False, reason="") == replace(untried[0], reason="")  # a row with its twin
 
 
 def test_every_template_has_a_file_a_grid_and_a_row():

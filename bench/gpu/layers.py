@@ -25,7 +25,7 @@ Row = dict[str, Any]
 #: Relative error up to which a row counts as right; of 2:4 and dense against their own weight.
 BOUNDS = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 2e-3}
 CHECKED_TOKENS = 64
-#: Forms that are not run: those that did not end when they were tried in a process of their own.
+#: What is not run: forms, and EARLY, that were wrong or did not end when they were tried in a process of their own.
 EXCLUDED: set[str] = set()
 
 
@@ -109,11 +109,12 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
         yield Way("2:4", half_sparse, m * n * 9 // 16, 2 * m * n)
 
 
-def all_templates(device: str) -> Any:
-    """Have the card's table with all its templates, also those that the card has not tried yet."""
+def all_templates(device: str, *, early: bool = False) -> Any:
+    """Have the card's table with all its templates, also those that it has not tried yet; ``early``: and such tiles."""
     if device == "cpu":
         return nullcontext()
-    return tile_tables.use_table(replace(tile_tables.table_for(torch.cuda.get_device_name()), untried=()))
+    untried = () if early else (tile_tables.EARLY,)
+    return tile_tables.use_table(replace(tile_tables.table_for(torch.cuda.get_device_name()), untried=untried))
 
 
 def forced(device: str, form: str) -> Any:
@@ -121,10 +122,9 @@ def forced(device: str, form: str) -> Any:
     if device == "cpu":
         return nullcontext()
     table = tile_tables.table_for(torch.cuda.get_device_name())
-    always = tile_tables.Span(("float16", "bfloat16", "float32"), 1, None)
-    return tile_tables.use_table(
-        replace(table, forms=(tile_tables.FormRow(form, always, (0.0, 1.0), "forced"),), untried=())
-    )
+    row = tile_tables.FormRow(form, tile_tables.Span(("float16", "bfloat16", "float32"), 1, None), (0.0, 1.0), "forced")
+    untried = tuple(name for name in table.untried if name == tile_tables.EARLY)
+    return tile_tables.use_table(replace(table, forms=(row,), untried=untried))
 
 
 def measure(way: Way, case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -> Row:
@@ -174,7 +174,8 @@ def tile_rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Ro
     name = str(dtype).removeprefix("torch.")
     if device == "cpu":
         return found
-    table = tile_tables.table_for(torch.cuda.get_device_name())
+    with all_templates(device, early=tile_tables.EARLY not in EXCLUDED):
+        table = tile_tables.table_for(torch.cuda.get_device_name())
     for form, templates in forms.TEMPLATES.items():
         for template in templates if form not in EXCLUDED else ():
             for tile in table.candidates(template, name, tokens):
@@ -183,5 +184,6 @@ def tile_rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Ro
                 with tile_tables.use_table(replace(table, tiles=tuple(alone))):
                     row = measure(way, case, tokens, dtype, device, roof)
                 words = "x".join(str(v) for v in tile.constants.values())
-                found.append(row | {"way": f"{template} {words}, {tile.warps} warps, {tile.stages} stages"})
+                early = ", early" if tile.early else ""
+                found.append(row | {"way": f"{template} {words}, {tile.warps} warps, {tile.stages} stages{early}"})
     return found

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from bench.gpu import layers
 from bench.gpu.cases import relative
 from bench.gpu.llama import LLAMA_2_7B, TINY, Block, Model
 from bench.gpu.timing import inductor, seconds_per_call
 from pifa_compile.backend import pifa
+from pifa_compile.kernels.tile_tables import EARLY
 
 Row = dict[str, Any]
 DENSITIES = (None, 0.5625, 0.55)
@@ -65,15 +67,19 @@ def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: 
 
 
 def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
-    """One block at each density, the compressed ones through the backend itself."""
+    """One block at each density, the compressed ones through the backend itself; the smallest also with early tiles."""
     shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
     found = []
-    for density in DENSITIES:
-        row: Row = {"model": f"{shape.name} block", "way": name(density), "tokens": tokens, "dtype": str(dtype)[6:]}
+    ways = [(density, False) for density in DENSITIES]
+    if device == "cuda" and EARLY not in layers.EXCLUDED:
+        ways.append((DENSITIES[-1], True))
+    for density, early in ways:
+        way = name(density) + (", early" if early else "")
+        row: Row = {"model": f"{shape.name} block", "way": way, "tokens": tokens, "dtype": str(dtype)[6:]}
         backend = inductor(device) if density is None else OURS[device]
         try:
             torch.compiler.reset()
-            with torch.device(device), torch.no_grad():
+            with torch.device(device), torch.no_grad(), layers.all_templates(device, early=early):
                 blocks = [
                     Block(shape, tokens, 1, density, dtype, device).eval() for _ in range(1 if device == "cpu" else 3)
                 ]

@@ -20,6 +20,7 @@ import torch
 from bench.gpu import factoring, layers, models, probe, report, roof
 from bench.gpu.cases import MODELS, TINY, cases, squares
 from bench.gpu.timing import Budget
+from pifa_compile.kernels.tile_tables import EARLY
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Step = tuple[str, float, Callable[[], list[report.Row]]]
@@ -87,9 +88,10 @@ def main() -> int:
     facts |= {"TB/s": top.bytes_per_second / 1e12, "TFLOP/s": {k: v / 1e12 for k, v in top.flop_per_second.items()}}
     print(facts)
     sections: dict[str, list[report.Row]] = {}
-    if given.device == "cuda" and (problem := probe.problem()) is not None:
-        layers.EXCLUDED.add(probe.FORM)
-        sections["probe"] = [{"way": f"pifa {probe.FORM}", "ok": False, "problem": problem}]
+    for name in (probe.RELAY, EARLY) if given.device == "cuda" else ():
+        if (problem := probe.problem(name)) is not None:
+            layers.EXCLUDED.add(name)
+            sections.setdefault("probe", []).append({"way": f"pifa {name}", "ok": False, "problem": problem})
     left_out: list[str] = []
     with layers.all_templates(given.device):
         for number, (section, seconds, make) in enumerate(steps(given.device, given.tiny, top)):

@@ -90,6 +90,7 @@ class Kernel:
     warps: int
     stages: int
     aligned: tuple[int, ...]  # arguments that are multiples of 16 bytes
+    early: bool  # launched while the kernel ahead of it still runs
 
 
 PRELUDE = """import triton
@@ -125,6 +126,7 @@ def _kernel(text: str) -> Kernel:
         warps=int(keywords.get("num_warps", 4)),
         stages=int(keywords.get("num_stages", 3)),
         aligned=tuple(int(i) for i in re.findall(r"\((\d+),\): \[\['tt.divisibility', 16\]\]", meta)),
+        early="'launch_pdl': True" in meta,
     )
 
 

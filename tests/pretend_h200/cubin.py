@@ -25,6 +25,8 @@ class Cubin:
     async_copies: int
     tma_loads: int
     stores: dict[str, int]
+    waits: int  # for the kernel ahead
+    triggers: int  # of the kernel behind
     sass: str
 
 
@@ -57,6 +59,8 @@ def compile_kernel(kernel: Kernel) -> Cubin:
         async_copies=_count(operations, "LDGSTS"),
         tma_loads=_count(operations, "UTMALDG"),
         stores={name: count for name, count in sorted(operations.items()) if name.startswith("STG")},
+        waits=_count(operations, "ACQBULK"),
+        triggers=_count(operations, "PREEXIT"),
         sass=sass,
     )
 

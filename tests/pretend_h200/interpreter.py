@@ -72,10 +72,18 @@ def _widen_bf16_products() -> None:
     )
 
 
+def _one_launch_after_the_other() -> None:
+    """A kernel that starts early has nothing to wait for here."""
+    import triton.language as tl
+
+    tl.extra.cuda.gdc_wait = tl.extra.cuda.gdc_launch_dependents = lambda: None
+
+
 def _run(given: str, found: str) -> None:
     from torch._inductor.codecache import PyCodeCache
 
     _widen_bf16_products()
+    _one_launch_after_the_other()
     sequences = torch.load(given, weights_only=False)
     for sequence in sequences:
         for launch in sequence:
