@@ -122,11 +122,11 @@ def exact(x):
     return oracle(oracle(x, *layers[-1]).relu(), *layers[-1])
 
 
-for tokens, mode in ((1, None), (2, "reduce-overhead"), (16, "reduce-overhead")):
+for tokens, mode in ((1, "reduce-overhead"), (16, None)):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with tile_tables.use_table(table), config.patch(force_disable_caches=True), torch.no_grad():
-        for _ in range(200):
+        for _ in range(100):
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             y, wanted = compiled(x).double(), exact(x)
             error = float((y - wanted).norm() / wanted.norm())
