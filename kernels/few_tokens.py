@@ -28,46 +28,61 @@ SCHEMA = "(Tensor x, Tensor pivot_rows, Tensor coefficients, Tensor row_order, T
 class Most:
     """Up to how many tokens this is the fastest form, against weights as they are and packed.
 
+    cached   the same of a layer that caches hold; a token more takes PER_TOKEN more numbers of weights. None: as many
     numbers  how many numbers x may have against packed weights: more do not stay in the nearest cache
     """
 
     plain: int
     packed: int
+    cached: int | None = None
     numbers: int | None = None
 
 
+#: Numbers of weights that have to come from memory to pay for a token's products, which a library does faster.
+PER_TOKEN = 1 << 14
+
 # Measured, see cpu/few_tokens.cpp: with which instructions a library multiplies decides how long it stays behind.
 _AMX = {torch.float32: Most(16, 4), torch.bfloat16: Most(3, 3), torch.float16: Most(8, 4)}
-_WIDE = {torch.float32: Most(96, 96), torch.bfloat16: Most(96, 32, 1 << 15), torch.float16: Most(512, 512)}
+_WIDE = {
+    torch.float32: Most(96, 96, cached=16),
+    torch.bfloat16: Most(96, 32, numbers=1 << 15),
+    torch.float16: Most(512, 512),
+}
 _NARROW = {torch.float32: Most(8, 4), torch.bfloat16: Most(2, 2), torch.float16: Most(2, 2)}
 
 
-def serves(tokens: int, inputs: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
-    """Whether this is the fastest form for so many tokens and inputs on this processor; ``packed``: if weights are.
+def serves(tokens: int, m: int, n: int, r: int, dtype: torch.dtype, *, packed: bool = False) -> bool:
+    """Whether this is the fastest form of a layer for so many tokens on this processor; ``packed``: if weights are.
 
     If so, has the kernel compiled meanwhile.
     """
-    found = 1 <= tokens <= most_tokens(dtype, inputs, packed=packed)
+    found = 1 <= tokens <= most_tokens(m, n, r, dtype, packed=packed)
     if found:
         native.begin("few_tokens", KINDS[dtype])
     return found
 
 
-def most_tokens(dtype: torch.dtype, inputs: int = 1, *, packed: bool = False) -> int:
+def most_tokens(m: int, n: int, r: int, dtype: torch.dtype, *, packed: bool = False) -> int:
     """For how many tokens at most this is the fastest form on this processor; 0 where it cannot be had."""
-    have = _torch.cpu_instructions()
-    if dtype not in KINDS or (dtype == torch.float16 and not have & {"avx512f", "f16c"}):
+    if not available(dtype):
         return 0
+    have = _torch.cpu_instructions()
     wide = "avx512f" in have and (dtype != torch.bfloat16 or "avx512_bf16" in have)
     most = (_AMX if "amx_bf16" in have else _WIDE if wide else _NARROW)[dtype]
-    if not packed:
-        return most.plain
-    return most.packed if most.numbers is None else min(most.packed, most.numbers // inputs)
+    found = most.packed if packed else most.plain
+    if most.cached is not None:
+        found = min(found, max(most.cached, r * (m + n - r) // PER_TOKEN))
+    return min(found, most.numbers // n) if packed and most.numbers is not None else found
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether this processor can have the kernel for numbers of a dtype."""
+    return dtype in KINDS and (dtype != torch.float16 or bool(_torch.cpu_instructions() & {"avx512f", "f16c"}))
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:
-    compiled = native.library("few_tokens", KINDS[dtype]) if most_tokens(dtype) else None
+    compiled = native.library("few_tokens", KINDS[dtype]) if available(dtype) else None
     return native.function(compiled, "factored_layer", (c_void_p,) * 6 + (c_long,) * 5, c_int)
 
 

@@ -86,7 +86,7 @@ def has_few_tokens(site: LinearSite, buffers: CpuBuffers) -> bool:
     if not buffers.kernels or not isinstance(factors, PifaFactors) or tokens is None:
         return False
     plain = factors.coefficients.dtype == factors.dtype == output_dtype(site.node, factors.pivot_rows)
-    return plain and few_tokens.serves(tokens, factors.shape[1], factors.dtype, packed=buffers.packed)
+    return plain and few_tokens.serves(tokens, *factors.shape, factors.rank, factors.dtype, packed=buffers.packed)
 
 
 def tokens_of(x: fx.Node) -> int | None:

@@ -124,7 +124,7 @@ def _predicted(site: LinearSite, state: str) -> dict[str, float]:
     if site.rows is not None and site.record is not None:  # a layer's share of what it does together with others
         whole = site.record.shape[0]
     dtype = _torch.dtype_name(x.dtype)
-    if form == "pifa" and x.device.type == "cpu" and serves(tokens, n, x.dtype):
+    if form == "pifa" and x.device.type == "cpu" and serves(tokens, whole, n, site.rank or 0, x.dtype):
         form = cost.FEW_TOKENS
     after = cost.time(form, tokens, whole, n, site.rank or 0, dtype, profile) * m / whole
     return {"ms_before": 1e3 * cost.time("dense", tokens, m, n, 0, dtype, profile), "ms_after": 1e3 * after}

@@ -187,7 +187,7 @@ def free_layer(m=256, n=192, r=96, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_tokens_are_one_call(dtype, relative, applied):
-    most = most_tokens(dtype)
+    most = most_tokens(256, 192, 96, dtype)
     if not most:
         pytest.skip(f"no instructions for {dtype} here")
     made = free_layer(dtype=dtype)
@@ -207,13 +207,13 @@ def test_many_features_are_merged(dtype, relative, applied):
     y, found = compiled_with(PifaLinear(made, bias), x)
     assert found == ["pifa::merge"]
     assert relative(y, applied(made, x) + bias.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
-    y, found = compiled_with(PifaLinear(free_layer()), torch.randn(most_tokens(torch.float32) + 1, 192))
+    y, found = compiled_with(PifaLinear(free_layer()), torch.randn(most_tokens(256, 192, 96, torch.float32) + 1, 192))
     assert found == []  # too little to pay for a call
 
 
 def test_packed_weights_win_with_fewer_tokens(relative, applied):
-    most = most_tokens(torch.bfloat16, packed=True)
-    if most == most_tokens(torch.bfloat16):
+    most = most_tokens(256, 192, 96, torch.bfloat16, packed=True)
+    if most == most_tokens(256, 192, 96, torch.bfloat16):
         pytest.skip("no difference on this processor")
     made = free_layer(dtype=torch.bfloat16)
     for tokens in (most, most + 1):

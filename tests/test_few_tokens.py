@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pifa_compile import _torch
-from pifa_compile.kernels.few_tokens import few_tokens, most_tokens, serves
+from pifa_compile.kernels.few_tokens import available, few_tokens, most_tokens, serves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -22,7 +22,7 @@ def layer(m, n, r, dtype, bias=True):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(7, 5, 3), (64, 64, 32), (129, 67, 66), (300, 1000, 131), (40, 33, 33)])
 def test_it_is_the_layer(sizes, dtype, relative):
-    if not most_tokens(dtype):
+    if not available(dtype):
         pytest.skip(f"no instructions for {dtype} here")
     for tokens in (1, 2, 3, 4, 5, 17):
         for bias in (True, False):
@@ -50,7 +50,7 @@ def test_inputs_need_not_be_contiguous(relative):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(value, dtype):
-    if not most_tokens(dtype):
+    if not available(dtype):
         pytest.skip(f"no instructions for {dtype} here")
     factors, _ = layer(50, 64, 20, dtype)
     x = torch.randn(2, 64).to(dtype)
@@ -98,16 +98,21 @@ def test_it_is_a_proper_operator():
 ])  # fmt: skip
 def test_the_processor_decides_how_many_tokens_are_few(flags, most, monkeypatch):
     monkeypatch.setattr(_torch, "cpu_instructions", lambda: frozenset(flags))
-    assert tuple(map(most_tokens, DTYPES)) == most
-    assert all(most_tokens(dtype, packed=True) <= most_tokens(dtype) for dtype in DTYPES)
-    assert most_tokens(torch.float64) == 0
-    assert serves(1, 64, torch.float32) and serves(1, 64, torch.bfloat16) and not serves(0, 64, torch.float32)
-    assert serves(1, 64, torch.float16) == serves(2, 64, torch.float16) == (most[2] > 0)
+    large = 4096, 4096, 2048
+    assert tuple(most_tokens(*large, dtype) for dtype in DTYPES) == most
+    assert all(most_tokens(*large, dtype, packed=True) <= most_tokens(*large, dtype) for dtype in DTYPES)
+    assert most_tokens(*large, torch.float64) == 0
+    for dtype in DTYPES:
+        assert serves(1, *large, dtype) == available(dtype) and not serves(0, *large, dtype)
 
 
-def test_wide_layers_with_packed_weights_have_fewer(monkeypatch):
+def test_layers_that_caches_hold_and_wide_ones_with_packed_weights_have_fewer(monkeypatch):
     monkeypatch.setattr(_torch, "cpu_instructions", lambda: frozenset({"avx512f", "avx512_bf16"}))
-    for inputs, most in ((64, 32), (1024, 32), (2048, 16), (4096, 8), (11008, 2), (1 << 16, 0)):
-        assert most_tokens(torch.bfloat16, inputs, packed=True) == most
-        assert serves(max(most, 1), inputs, torch.bfloat16, packed=True) == (most > 0)
-        assert not serves(most + 1, inputs, torch.bfloat16, packed=True) and serves(96, inputs, torch.bfloat16)
+    for width, most in ((64, 16), (256, 16), (1024, 48), (2048, 96), (8192, 96)):
+        assert most_tokens(width, width, width // 2, torch.float32) == most
+        assert most_tokens(width, width, width // 2, torch.float32, packed=True) == most
+        assert serves(most, width, width, width // 2, torch.float32)
+        assert not serves(most + 1, width, width, width // 2, torch.float32)
+    for n, most in ((64, 32), (1024, 32), (2048, 16), (4096, 8), (11008, 2)):
+        assert most_tokens(512, n, 256, torch.bfloat16, packed=True) == most
+        assert most_tokens(512, n, 256, torch.bfloat16) == 96

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import pifa_compile
 from pifa_compile import Svd
-from pifa_compile.kernels.few_tokens import most_tokens
+from pifa_compile.kernels.few_tokens import available
 
 
 class Block(nn.Module):
@@ -78,7 +78,7 @@ def test_more_blocks_of_one_class_than_dynamo_recompiles_a_function(model, regio
     assert counters["pifa"]["replaced"] == 24
 
 
-@pytest.mark.skipif(not most_tokens(torch.float32), reason="no kernel for few tokens here")
+@pytest.mark.skipif(not available(torch.float32), reason="no kernel for few tokens here")
 @torch.no_grad()
 def test_prepared_blocks_share_code_where_no_order_is_in_it(model):
     """With few tokens, factors are inputs of the graph, as dense weights are; an order that was spelled out is not."""

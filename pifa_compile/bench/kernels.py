@@ -151,7 +151,7 @@ def _rows(
         taken = {name: seconds / known["layers"] for name, seconds in in_turns(runs, rounds=rounds).items()}
     rows = []
     for name, layer in layers.items():
-        few = layer.store is not None and serves(N, n, dtype, packed=known["freezing"])
+        few = layer.store is not None and serves(N, m, n, r, dtype, packed=known["freezing"])
         form, seconds = cost.FEW_TOKENS if few else layer.form, taken[name]
         predicted = cost.time(form, N, m, n, r, kind, machine)
         off = max(seconds / predicted, predicted / seconds)
