@@ -98,7 +98,6 @@ def test_siblings_are_right_with_what_reads_them(tokens, dtype, relative):
 EARLY_TILES = """
 import sys
 import torch
-from torch import nn
 from torch._inductor import config
 from dataclasses import replace
 from pifa_compile.kernels import lowering, tile_tables

@@ -143,6 +143,31 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
         assert not [line for line in cubin.sass.splitlines() if "LDGSTS" in line and ".128" not in line]
 
 
+@pytest.mark.skipif(not EARLY, reason="torch before 2.13 launches no template early")
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_once_tried_the_second_halves_start_early_and_the_first_ones_let_them(tokens):
+    def program():
+        def given():
+            lowering.register()
+            sizes = [(tokens, 512), (96, 512), (80, 512), (416, 96), (432, 80), (96, 512), (416, 96)]
+            return [*(fake(*s, dtype=torch.bfloat16) for s in sizes), *(fake(512, dtype=torch.int32) for _ in range(3))]
+
+        def applied(x, p, q, c, d, rows, coefficients, o, u, order):
+            y = F.silu(siblings(x, [p, q], [c, d], [o, u]))
+            return linear(torch.narrow(y, 1, 0, 512), rows, coefficients, order)
+
+        return generate(applied, given)
+
+    def early(program):
+        found = [k for k in kernels(program) if {"arg_P0", "arg_O0", "arg_ROW_ORDER"} & {*k.signature}]
+        return [(k.early, "gdc_wait" in k.source, "gdc_launch" in k.source) for k in found]
+
+    head, tail = (False, False, True), (True, True, False)
+    with tiles.use_table(replace(TABLES["nvidia-h200"], untried=())):
+        assert sorted(early(program())) == sorted([head, tail, tail])
+    assert early(program()) == [(False, False, False)] * 3  # as shipped
+
+
 def launch_of(tile, x, layers):
     """The launch of one of the two kernels on random numbers, its output poisoned, and what it must give."""
     (tokens, n), sizes = x.shape, [(len(order), len(p)) for p, _, order in layers]

@@ -35,22 +35,23 @@ def problem(name: str) -> str | None:
 def main(name: str) -> None:
     """Fail unless the kernels give the right numbers, many times over."""
     lowering.register()
-    factors = random_factors(Case("probe", "", 4096, 4096, 1392), torch.bfloat16, "cuda")
-    given: list[Any] = [factors.pivot_rows, factors.coefficients, factors.row_order]
+    shape = Case("probe", "", 4096, 4096, 1392)
+    both = [random_factors(shape, torch.bfloat16, "cuda") for _ in range(2)]  # a kernel takes a tensor once
+    given: list[Any] = [(f.pivot_rows, f.coefficients, f.row_order) for f in both]
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return linear(x, *given)
+    def relay(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, *given[0])
 
-    def two_layers(x: torch.Tensor) -> torch.Tensor:
-        return siblings(x, *([tensor, tensor] for tensor in given)) + torch.cat([layer(x)] * 2, -1)
+    def early(x: torch.Tensor) -> torch.Tensor:
+        return siblings(x, *map(list, zip(*given, strict=True))) + torch.cat([linear(x, *f) for f in given], -1)
 
     for tokens in (1, 16):
         with forced("cuda", RELAY) if name == RELAY else all_templates("cuda", early=name == EARLY), torch.no_grad():
-            compiled = torch.compile(layer if name == RELAY else two_layers, fullgraph=True, dynamic=False)
+            compiled = torch.compile(relay if name == RELAY else early, fullgraph=True, dynamic=False)
             for _ in range(100):
                 x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-                y, wanted = compiled(x), exact(factors, x)
-                error = relative(y, wanted if name == RELAY else 2 * torch.cat([wanted, wanted], -1))
+                first, second = (exact(f, x) for f in both)
+                error = relative(compiled(x), first if name == RELAY else 2 * torch.cat([first, second], -1))
                 assert error < BOUNDS[torch.bfloat16], error
 
 

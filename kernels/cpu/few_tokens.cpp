@@ -28,8 +28,8 @@
 //     float16   0.43 (0.88 / 0.71)   0.76 (1.24 / 1.21)   1.95 (1.92 / 1.88)
 //
 // No difference: rows in chunks that leave room for the tokens in the nearest cache; tokens packed, or kept off each
-// other's sets; tiles of six tokens, or of eight rows and three; all sixteen totals at once; one row at a time for one
-// token. Numbers put in their places tile by tile instead of share by share: a tenth slower.
+// other's sets; tiles of six tokens, or of eight rows and three; all sixteen totals at once. Numbers put in their
+// places tile by tile instead of share by share: a tenth slower.
 #include "numbers.h"
 
 #ifdef __clang__
