@@ -44,6 +44,8 @@ def lower(
     names = ["tail", "tail_gemv", *(["tail_tma"] if _by_tma(inputs[:2]) else [])]  # the first one is the default
     dtype_in = dtype_name(coefficients.get_dtype())
     tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
+    if not auto.is_given(inputs[1]):  # an early tile would read what is still being written
+        tiles = [tile for tile in tiles if not tile.early]
     choices: list[Any] = []
     for tile in tiles:
         own = _settings(tile, y_p, out_scale, aligned)

@@ -484,6 +484,11 @@ class InductorAutotuner:
         """The value of a size, for a symbol the one that it was first seen with."""
         return int(self._virtual.graph.sizevars.optimization_hint(size))
 
+    def is_given(self, ir: Any) -> bool:
+        """Whether IR is memory that was there before the program began, or a view of it."""
+        graph = self._virtual.graph
+        return ir.get_name() in graph.graph_inputs or ir.get_name() in graph.constants
+
     def is_number(self, size: Any) -> bool:
         """Whether a size is a number, not a symbol."""
         return isinstance(size, int) or bool(size.is_number)
