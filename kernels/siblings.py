@@ -77,21 +77,18 @@ def lower(x: Any, pivot_rows: Sequence[Any], coefficients: Sequence[Any], row_or
 
 
 def _launch(
-    name: str, given: list[Any], features: int, siblings: int, count: Callable[[int], int], make: dict[int, Any]
+    name: str, given: list[Any], features: int, siblings: int, tiles: Callable[[int], int], make: dict[int, Any]
 ) -> Any:
     """IR of one template's output, N x ``features`` in the dtype of the first input."""
     auto = autotuner()
     inputs = auto.realize(*given)
     tokens, dtype, device = inputs[0].get_size()[0], inputs[0].get_dtype(), inputs[0].get_device()
     layout = auto.layout(inputs[0], [tokens, features], dtype)
-    tiles = table_for(device_name(device)).candidates(name, dtype_name(dtype), auto.expected(tokens))
-    if not all(map(auto.is_given, inputs[1:])):  # an early tile would read weights that are being written
-        tiles = [tile for tile in tiles if not tile.early]
     choices: list[Any] = []
-    for tile in tiles:
-        own = settings(tile, SIBLINGS=siblings, TILES=count(tile.constants["BLOCK_N"]))
+    for tile in table_for(device_name(device)).candidates(name, dtype_name(dtype), auto.expected(tokens)):
+        own = settings(tile, SIBLINGS=siblings, TILES=tiles(tile.constants["BLOCK_N"]))
         # A head may be the first kernel of a program, right behind one that has changed the weights.
-        early = tile.early and name == "siblings_tail"
+        early = inputs[1:] if tile.early and name == "siblings_tail" else None
         problem = auto.add(choices, template(name), inputs, layout, early=early, **own)
         if problem is None and not auto.measures():
             break  # the table decides

@@ -44,12 +44,10 @@ def lower(
     names = ["tail", "tail_gemv", *(["tail_tma"] if _by_tma(inputs[:2]) else [])]  # the first one is the default
     dtype_in = dtype_name(coefficients.get_dtype())
     tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
-    if not auto.is_given(inputs[1]):  # an early tile would read what is still being written
-        tiles = [tile for tile in tiles if not tile.early]
     choices: list[Any] = []
     for tile in tiles:
-        own = _settings(tile, y_p, out_scale, aligned)
-        problem = auto.add(choices, template(tile.template), inputs, layout, early=tile.early, **own)
+        own, early = _settings(tile, y_p, out_scale, aligned), inputs[1:] if tile.early else None
+        problem = auto.add(choices, template(tile.template), inputs, layout, early=early, **own)
         if problem is not None:
             log.debug("tail tile %s: %s", tile, problem)
         elif not auto.measures():

@@ -13,7 +13,7 @@ import itertools
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -450,15 +450,24 @@ class InductorAutotuner:
         return [self._select.realize_inputs(x) for x in inputs]
 
     def add(
-        self, choices: list[Any], template: Any, inputs: list[Any], layout: Any, *, early: bool = False, **settings: Any
+        self,
+        choices: list[Any],
+        template: Any,
+        inputs: list[Any],
+        layout: Any,
+        *,
+        early: Sequence[Any] | None = None,
+        **settings: Any,
     ) -> str | None:
         """Render a template and append it to the choices; returns what was wrong where it cannot be rendered.
 
-        early  launch it while the kernel ahead of it still runs; the template says where it waits for that one
+        early  launch it while the kernel ahead of it still runs; these inputs it may read before it waits for that one
         """
-        if early and "triton_meta" not in inspect.signature(template.generate).parameters:
-            return "torch before 2.13 has no way to launch a template early"
-        if early:
+        if early is not None:
+            if "triton_meta" not in inspect.signature(template.generate).parameters:
+                return "torch before 2.13 has no way to launch a template early"
+            if not all(map(self._is_given, early)):
+                return "the kernel ahead may still write what this one would read early"
             settings["triton_meta"] = {"launch_pdl": True}
         problem = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **settings)
         return None if problem is None else str(problem)
@@ -484,7 +493,7 @@ class InductorAutotuner:
         """The value of a size, for a symbol the one that it was first seen with."""
         return int(self._virtual.graph.sizevars.optimization_hint(size))
 
-    def is_given(self, ir: Any) -> bool:
+    def _is_given(self, ir: Any) -> bool:
         """Whether IR is memory that was there before the program began, or a view of it."""
         graph = self._virtual.graph
         return ir.get_name() in graph.graph_inputs or ir.get_name() in graph.constants
