@@ -82,11 +82,10 @@ def test_blocks_run_through_the_backend_with_factors_of_the_density():
     assert warm["blocks"] == 1 and warm["right"]
 
 
-def test_blocks_take_turns_until_caches_are_too_small_for_them(monkeypatch):
-    monkeypatch.setattr(models, "MOST_BLOCKS", 8)
-    block = models.BLOCKS["block-2048"]()
-    assert models._blocks_beyond_caches(block, 0.55 * 2) == 5 and models._blocks_beyond_caches(block, 0.55 * 4) == 3
-    assert models._blocks_beyond_caches(nn.Linear(8, 8), 1.0) == 8
+def test_blocks_take_turns_until_caches_are_too_small_for_them():
+    numbers = sum(p.numel() for p in models.BLOCKS["block-2048"]().parameters())
+    assert timing.beyond_caches(0.55 * 2 * numbers, 8) == 5 and timing.beyond_caches(0.55 * 4 * numbers, 8) == 3
+    assert timing.beyond_caches(64, 8) == 8
 
 
 def test_what_a_pass_gave_is_shown_by_rows_without_it(monkeypatch):

@@ -25,7 +25,7 @@ from pifa_compile import _torch, cost
 from pifa_compile.bench.factors import put_factors, random_factors
 from pifa_compile.bench.report import Report, Row
 from pifa_compile.bench.shapes import shapes
-from pifa_compile.bench.timing import in_turns
+from pifa_compile.bench.timing import beyond_caches, in_turns
 from pifa_compile.factors import density_of_rank, rank_for_density
 from pifa_compile.kernels.few_tokens import serves
 from pifa_compile.machine import profile
@@ -33,8 +33,8 @@ from pifa_compile.store import Store
 
 #: Relative error of the output that rounding alone explains.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-#: Bytes of weights, more than caches hold, and the most layers that they are spread over.
-BEYOND_CACHES, MOST_LAYERS = 1 << 28, 32
+#: Layers that take turns at most: all of them are compiled.
+MOST_LAYERS = 32
 #: A prediction that is off by more than this factor is flagged.
 WRONG = 1.5
 
@@ -71,7 +71,7 @@ def bench_kernels(
             continue
         say(f"{name} {m} x {n}, rank {r}, {_torch.dtype_name(dtype)}")
         with tempfile.TemporaryDirectory() as folder:
-            count = min(MOST_LAYERS, -(-BEYOND_CACHES // (m * n * dtype.itemsize))) if cold else 1
+            count = beyond_caches(m * n * dtype.itemsize, MOST_LAYERS) if cold else 1
             layers = _candidates(m, n, r, dtype, count, Path(folder))
             for frozen, N in product(freezing, tokens):
                 known = {"layer": name, "m": m, "n": n, "rank": r, "dtype": _torch.dtype_name(dtype), "N": N}

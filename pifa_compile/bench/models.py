@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -23,9 +22,8 @@ from torch import Tensor, nn
 
 from pifa_compile import _torch
 from pifa_compile.bench.factors import put_random_factors
-from pifa_compile.bench.kernels import BEYOND_CACHES
 from pifa_compile.bench.report import Report, Row
-from pifa_compile.bench.timing import in_turns
+from pifa_compile.bench.timing import beyond_caches, in_turns
 from pifa_compile.errors import InputError, did_you_mean
 from pifa_compile.loading import load_model
 from pifa_compile.passes import lookup, pipeline
@@ -134,17 +132,14 @@ def bench_layers(
         say(f"{name}, {_torch.dtype_name(dtype)}")
         torch.manual_seed(0)
         for density in densities:
-            count = _blocks_beyond_caches(BLOCKS[name](), density * dtype.itemsize) if cold else 1
-            model = Several([BLOCKS[name]() for _ in range(count)]).to(dtype).requires_grad_(False).eval()
+            first = BLOCKS[name]()
+            size = density * dtype.itemsize * sum(p.numel() for p in first.parameters())
+            count = beyond_caches(size, MOST_BLOCKS) if cold else 1
+            model = Several([first, *(BLOCKS[name]() for _ in range(count - 1))]).to(dtype).requires_grad_(False).eval()
             width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
             inputs = {N: {"inputs": [torch.randn(1, N, width).to(dtype) for _ in range(count)]} for N in tokens}
             report.rows += _compare(name, model, inputs, density, freezing, rounds, without, count)
     return report
-
-
-def _blocks_beyond_caches(block: nn.Module, bytes_of_number: float) -> int:
-    size = sum(p.numel() for p in block.parameters()) * bytes_of_number
-    return min(MOST_BLOCKS, math.ceil(BEYOND_CACHES / size))
 
 
 def bench_model(

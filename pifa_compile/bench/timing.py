@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+#: Bytes of weights, more than caches hold.
+BEYOND_CACHES = 1 << 28
+
+
+def beyond_caches(size: float, most: int) -> int:
+    """How many layers of so many bytes, ``most`` at most, take turns so that each finds its weights in memory."""
+    return min(most, math.ceil(BEYOND_CACHES / size))
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
