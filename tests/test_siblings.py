@@ -15,6 +15,7 @@ from pretend_h200.codegen import fake, generate, kernels, launches
 from pretend_h200.cubin import compile_kernel
 from pretend_h200.interpreter import Launch, interpret
 from pretend_h200.model import graph_on_cuda, program_of
+from pretend_h200.shipped import LAUNCHES_EARLY, TABLES, ids, tiles_of
 from torch import nn
 
 import pifa_compile
@@ -24,15 +25,7 @@ from pifa_compile.kernels.op import linear
 from pifa_compile.kernels.siblings import MOST, TEMPLATES, siblings
 from pifa_compile.kernels.triton_templates import GRIDS
 
-TABLES = {path.stem: tiles.read(path) for path in sorted(tiles.FOLDER.glob("*.json"))}
-EARLY = torch.__version__ >= "2.13"  # whether Inductor can launch a template early
-TILES = [
-    (name, tile)
-    for name, table in TABLES.items()
-    for tile in table.tiles
-    if tile.template in TEMPLATES and (EARLY or not tile.early)
-]
-IDS = [f"{name}-{t.template}-{'x'.join(map(str, t.constants.values()))}-{t.span.dtypes[0]}" for name, t in TILES]
+TILES = tiles_of(TEMPLATES)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 SHAPES = [  # n, then m and r of each layer
     (70, [(100, 16), (90, 33)]),
@@ -121,7 +114,7 @@ def test_more_tokens_than_any_tile_is_for_are_refused():
         program_for(4096, 64, [(48, 16)] * 2, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
+@pytest.mark.parametrize(("table", "tile"), TILES, ids=ids(TILES))
 def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     dtype = getattr(torch, tile.span.dtypes[-1])
     with only(tile):
@@ -143,7 +136,7 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
         assert not [line for line in cubin.sass.splitlines() if "LDGSTS" in line and ".128" not in line]
 
 
-@pytest.mark.skipif(not EARLY, reason="torch before 2.13 launches no template early")
+@pytest.mark.skipif(not LAUNCHES_EARLY, reason="torch before 2.13 launches no template early")
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_once_tried_the_second_halves_start_early_and_the_first_ones_let_them(tokens):
     def program(then=lambda c: c):

@@ -13,6 +13,7 @@ import triton
 from pretend_h200.codegen import fake, generate, kernels, launches
 from pretend_h200.cubin import compile_kernel
 from pretend_h200.interpreter import Launch, interpret
+from pretend_h200.shipped import TABLES, ids, tiles_of
 
 from pifa_compile.kernels import lowering
 from pifa_compile.kernels import tile_tables as tiles
@@ -20,16 +21,8 @@ from pifa_compile.kernels.kernel_forms import TEMPLATES
 from pifa_compile.kernels.op import linear
 from pifa_compile.kernels.triton_templates import GRIDS
 
-TABLES = {path.stem: tiles.read(path) for path in sorted(tiles.FOLDER.glob("*.json"))}
 OF_A_LAYER = tuple(template for templates in TEMPLATES.values() for template in templates)  # others: test_siblings.py
-EARLY = torch.__version__ >= "2.13"  # whether Inductor can launch a template early
-TILES = [
-    (name, tile)
-    for name, table in TABLES.items()
-    for tile in table.tiles
-    if tile.template in OF_A_LAYER and (EARLY or not tile.early)
-]
-IDS = [f"{name}-{t.template}-{'x'.join(map(str, t.constants.values()))}-{t.span.dtypes[0]}" for name, t in TILES]
+TILES = tiles_of(OF_A_LAYER)
 TOKENS = (1, 3, 17, 128, 1000)
 SHAPES = [(100, 70, 16), (257, 130, 33), (320, 192, 192), (129, 200, 128), (90, 90, 61)]  # m, n, r
 SPILLS = 0 if triton.__version__ >= "3.7" else 130  # 3.6: 20 and less in tails, 34 and 126 in those with TMA
@@ -67,7 +60,7 @@ def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilog
 
 
 # Tiles of 64 rows or more multiply on the wide matrix unit (wgmma), smaller ones on mma, that for one token on neither.
-@pytest.mark.parametrize(("table", "tile"), TILES, ids=IDS)
+@pytest.mark.parametrize(("table", "tile"), TILES, ids=ids(TILES))
 def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     dtype = getattr(torch, tile.span.dtypes[-1])
     kernel = kernel_of(tile, tile.span.last or 2048, 4096, 4096, 1200, dtype, epilogue=True)
