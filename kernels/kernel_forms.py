@@ -13,6 +13,7 @@ import torch
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, tf32_allowed
 from pifa_compile.cost import fastest
+from pifa_compile.kernels import few, tail
 from pifa_compile.kernels.tile_tables import Table, table_for
 
 
@@ -51,10 +52,15 @@ class Call:
         )
 
 
-#: The templates of a form, of which it needs a tile.
-TEMPLATES: dict[str, tuple[str, ...]] = {"gather": (), "tail": ("tail", "tail_gemv", "tail_tma"), "relay": ("relay",)}
+#: The kernels of ours that a form launches, each as the templates of which one makes it.
+KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gather": (),
+    "tail": (tail.TEMPLATES,),
+    "few": ((few.HEAD,), (few.TAIL,)),
+    "relay": (("relay",),),
+}
 
-#: Forms that the cost may choose; a relay is chosen by a measured row alone. The pair [I; C] P is no form here: it
+#: Forms that the cost may choose; the others are chosen by a measured row alone. The pair [I; C] P is no form here: it
 #: multiplies r^2 numbers more than the tail in as many launches, and cannot win by arithmetic.
 BY_COST = ("tail", "gather")
 
@@ -67,7 +73,7 @@ def form_for(call: Call) -> str:
     if call.device is None or call.r == call.m or not call.fixed:
         return "gather"
     table = table_for(call.device)
-    possible = [form for form in TEMPLATES if _has_tiles(table, form, call) and not (call.dynamic and form in FEW)]
+    possible = [form for form in KERNELS if _has_tiles(table, form, call) and not (call.dynamic and form in FEW)]
     named = table.form(call.dtype, call.tokens, call.r / min(call.m, call.n))
     if named in possible:
         return named
@@ -83,9 +89,8 @@ def available(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str
     if device.type != "cuda":
         return ["gather"]
     table, call = table_for(device_name(device)), Call("", dtype_name(dtype), tokens, 1, 1, 1)
-    return [form for form in TEMPLATES if _has_tiles(table, form, call)]
+    return [form for form in KERNELS if _has_tiles(table, form, call)]
 
 
 def _has_tiles(table: Table, form: str, call: Call) -> bool:
-    templates = TEMPLATES[form]
-    return not templates or any(table.candidates(name, call.dtype, call.tokens) for name in templates)
+    return all(table.candidates(templates, call.dtype, call.tokens) for templates in KERNELS[form])

@@ -2,6 +2,7 @@
 
     gather   two matrix multiplications of Inductor's and one gather that fuses into whatever reads the output
     tail     CUDA: y_p by Inductor's own matrix multiplication, then one kernel that writes the whole of Y
+    few      CUDA, few tokens: both by kernels that read the weights once
     relay    CUDA, few tokens: both in one kernel, whose second phase waits for the first
 
 On CPU the graph passes decompose the operator before Inductor sees it; the operator comes here in a graph of somebody
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from pifa_compile._torch import inductor, untraced
-from pifa_compile.kernels import relay, siblings, tail
+from pifa_compile.kernels import few, relay, siblings, tail
 from pifa_compile.kernels.kernel_forms import Call, form_for
 from pifa_compile.kernels.op import linear
 
@@ -80,7 +81,13 @@ def lower_to_gather(
     return _gather(y_p, y_np, _positions(row_order), dtype)
 
 
-FORMS = {"gather": lower_to_gather, "relay": relay.lower, "tail": lower_to_tail}
+def lower_to_few(rows: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: float, aligned: int) -> Any:
+    """The kernels for layers that read the same tokens, of which there is one."""
+    same = coefficients.get_dtype() == pivot_rows.get_dtype()
+    return few.lower(rows, [pivot_rows], [coefficients], [row_order], 1.0 if same else y_scale)
+
+
+FORMS = {"few": lower_to_few, "gather": lower_to_gather, "relay": relay.lower, "tail": lower_to_tail}
 
 
 def _times_transposed(a: Any, b: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, inductor
-from pifa_compile.kernels.tile_tables import table_for
-from pifa_compile.kernels.triton_templates import settings, template
+from pifa_compile.kernels.tile_tables import Tile, table_for
+from pifa_compile.kernels.triton_templates import rendered, settings
 
 #: Tickets drawn, tiles of the first phase done, programs done; all zero between launches.
 COUNTERS = 3
@@ -25,14 +25,15 @@ def lower(x: Any, pivot_rows: Any, coefficients: Any, row_order: Any, y_scale: f
     tokens, r = x.get_size()[0], int(pivot_rows.get_size()[0])
     layout = auto.layout(x, [tokens, row_order.get_size()[0]], x.get_dtype())
     table = table_for(device_name(x.get_device()))
-    tiles = table.candidates("relay", dtype_name(coefficients.get_dtype()), auto.expected(tokens))
-    choices: list[Any] = []
-    for tile in tiles:
-        workspace = auto.workspace(x.get_device(), tile.constants["SPLIT"] * tokens * r, torch.float32)
-        own = settings(tile, RANK=r, Y_SCALE=y_scale, workspace_arg=workspace)
-        auto.add(choices, template("relay"), inputs, layout, **own)
+    tiles = table.candidates(["relay"], dtype_name(coefficients.get_dtype()), auto.expected(tokens))
+
+    def own(tile: Tile) -> dict[str, Any]:
+        partial_sums = auto.workspace(x.get_device(), tile.constants["SPLIT"] * tokens * r, torch.float32)
+        return settings(tile, RANK=r, Y_SCALE=y_scale, workspace_arg=partial_sums)
+
     # Measuring would need counters that are zero before each run; the first tile that renders is taken.
-    return auto.choose("pifa_relay", choices[:1], inputs, layout, {})
+    choices = rendered(tiles, inputs, layout, own)[:1]
+    return auto.choose("pifa_relay", choices, inputs, layout, {})
 
 
 def _counters(device: torch.device) -> Any:

@@ -8,17 +8,18 @@ Candidates are the tiles of the device's table and, where choices are measured, 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pifa_compile._torch import autotuner, device_name, dtype_name, processors
+from pifa_compile.kernels import few
 from pifa_compile.kernels.tile_tables import Tile, table_for
-from pifa_compile.kernels.triton_templates import settings, template
+from pifa_compile.kernels.triton_templates import rendered, settings, some_order
 
-log = logging.getLogger(__name__)
+#: The templates, of which a table may hold tiles for any number of tokens.
+TEMPLATES = (few.TAIL, "tail", "tail_tma")
 
 #: Takes the names of position in [pivots, others]; see ``lower``.
 ROW_ORDER = 2
@@ -38,20 +39,18 @@ def lower(
     """
     auto = autotuner()
     inputs = auto.realize(y_p, coefficients, row_order)
-    layout = auto.layout(y_p, [y_p.get_size()[0], row_order.get_size()[0]], dtype)
-    tokens = auto.expected(y_p.get_size()[0])
-    table = table_for(device_name(y_p.get_device()))
-    names = ["tail", "tail_gemv", *(["tail_tma"] if _by_tma(inputs[:2]) else [])]  # the first one is the default
-    dtype_in = dtype_name(coefficients.get_dtype())
-    tiles = [tile for name in names for tile in table.candidates(name, dtype_in, tokens)]
-    choices: list[Any] = []
-    for tile in tiles:
-        own, early = _settings(tile, y_p, out_scale, aligned), inputs[1:] if tile.early else None
-        problem = auto.add(choices, template(tile.template), inputs, layout, early=early, **own)
-        if problem is not None:
-            log.debug("tail tile %s: %s", tile, problem)
-        elif not auto.measures():
-            break  # the table decides
+    tokens, r = inputs[0].get_size()
+    layout = auto.layout(inputs[0], [tokens, row_order.get_size()[0]], dtype)
+    table = table_for(device_name(inputs[0].get_device()))
+    names = [name for name in TEMPLATES if name != "tail_tma" or _by_tma(inputs[:2])]
+    tiles = table.candidates(names, dtype_name(coefficients.get_dtype()), auto.expected(tokens))
+
+    def own(tile: Tile) -> dict[str, Any]:
+        if tile.template == few.TAIL:
+            return few.tail_settings(tile, [coefficients], out_scale)
+        return _settings(tile, inputs[0].get_device(), int(r), out_scale, aligned)
+
+    choices = rendered(tiles, inputs, layout, own, given=inputs[1:])
     if auto.calls_python() and (auto.measures() or not choices):
         kernel = auto.kernel("pifa_tail_library", tail_by_library)
         auto.add_kernel(choices, kernel, inputs, layout, dtype=dtype, out_scale=out_scale)
@@ -66,19 +65,10 @@ def _by_tma(matrices: list[Any]) -> bool:
     return major >= 9 and all(inner == 1 and outer * size % 16 == 0 for (outer, inner), size in rows)
 
 
-def _settings(tile: Tile, y_p: Any, out_scale: float, aligned: int) -> dict[str, Any]:
-    r = int(y_p.get_size()[1])
-    persistent = {"PROGRAMS": processors(y_p.get_device())} if tile.template == "tail_tma" else {}
+def _settings(tile: Tile, device: torch.device, r: int, out_scale: float, aligned: int) -> dict[str, Any]:
+    persistent = {"PROGRAMS": processors(device)} if tile.template == "tail_tma" else {}
     even = r % tile.constants["BLOCK_K"] == 0
     return settings(tile, RANK=r, EVEN_K=even, OUT_SCALE=out_scale, ALIGNED=aligned, **persistent)
-
-
-def some_order(row_order: Any, aligned: int = 1) -> Tensor:
-    """A permutation for a measurement: uninitialised numbers would all store to few columns, or out of bounds."""
-    numbers = autotuner().numbers(row_order)
-    groups = torch.randperm(numbers.shape[0] // aligned, device=numbers.device)
-    order = aligned * groups[:, None] + torch.arange(aligned, device=numbers.device)
-    return order.flatten().to(numbers.dtype)
 
 
 def tail_by_library(

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,14 @@ class Table:
     forms: tuple[FormRow, ...]
     untried: tuple[str, ...] = ()
 
-    def candidates(self, template: str, dtype: str, tokens: int) -> list[Tile]:
-        """The rows of a template for one call, the preferred one first."""
-        if template in self.untried:
-            return []
-        rows = [t for t in self.tiles if t.template == template and t.span.holds(dtype, tokens)]
-        return [t for t in rows if not (t.early and EARLY in self.untried)]
+    def candidates(self, templates: tuple[str, ...] | list[str], dtype: str, tokens: int) -> list[Tile]:
+        """The rows of some templates for one call, the preferred one first."""
+        tried = [t for t in self.tiles if t.template in templates and self.has_tried(t)]
+        return [t for t in tried if t.span.holds(dtype, tokens)]
+
+    def has_tried(self, tile: Tile) -> bool:
+        """Whether the device has given right numbers with such tiles."""
+        return tile.template not in self.untried and not (tile.early and EARLY in self.untried)
 
     def form(self, dtype: str, tokens: int, rank_share: float) -> str | None:
         """The form that a row names for the call; None where no row does."""
@@ -160,6 +162,31 @@ def read(path: Path) -> Table:
         ),
         untried=tuple(data["untried"]),
     )
+
+
+def write(table: Table) -> str:
+    """The text of a table's file, a line per row."""
+    head = {"device": table.device, "rates": asdict(table.rates), "untried": list(table.untried)}
+    rows = {"tiles": [_tile_row(t) for t in table.tiles], "forms": [_form_row(f) for f in table.forms]}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    for key, found in rows.items():
+        body = ",\n".join(f"    {json.dumps(row)}" for row in found)
+        lines.append(f'  "{key}": [\n{body}\n  ]' if found else f'  "{key}": []')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _tile_row(tile: Tile) -> dict[str, Any]:
+    shape = {"constants": dict(tile.constants), "warps": tile.warps, "stages": tile.stages}
+    early = {"early": True} if tile.early else {}
+    return {"template": tile.template} | _span_row(tile.span) | shape | early | {"reason": tile.reason}
+
+
+def _form_row(row: FormRow) -> dict[str, Any]:
+    return {"form": row.form} | _span_row(row.span) | {"rank_share": list(row.rank_share), "reason": row.reason}
+
+
+def _span_row(span: Span) -> dict[str, Any]:
+    return {"dtypes": list(span.dtypes), "tokens": [span.first, span.last]}
 
 
 def _span(row: dict[str, Any]) -> Span:

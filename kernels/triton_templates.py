@@ -1,4 +1,4 @@
-"""The Triton templates: their text, their grids, and how one becomes a choice of Inductor's.
+"""The Triton templates: their text, their grids, and how tiles become choices of Inductor's.
 
 One file per template in ``templates/``, named as the template. Imported only where Inductor is.
 """
@@ -6,12 +6,18 @@ One file per template in ``templates/``, named as the template. Imported only wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pifa_compile._torch import autotuner, tf32_allowed
 from pifa_compile.kernels.tile_tables import Tile
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).with_name("templates")
 
@@ -29,7 +35,7 @@ def _relay_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any) -> tupl
     return rows + columns, 1, 1
 
 
-def _siblings_grid(tokens: Any, features: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+def _few_grid(tokens: Any, features: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
     """The tiles of all layers, which each take BLOCK_M tokens."""
     return cdiv(tokens, meta["BLOCK_M"]) * meta["TILES"], 1, 1
 
@@ -40,11 +46,10 @@ def _tail_tma_grid(tokens: Any, m: Any, meta: dict[str, Any], *, cdiv: Any, min:
 
 
 GRIDS: dict[str, Callable[..., tuple[Any, int, int]]] = {
+    "few_head": _few_grid,
+    "few_tail": _few_grid,
     "relay": _relay_grid,
-    "siblings_head": _siblings_grid,
-    "siblings_tail": _siblings_grid,
     "tail": _tail_grid,
-    "tail_gemv": _tail_grid,
     "tail_tma": _tail_tma_grid,
 }
 
@@ -71,3 +76,35 @@ def source(name: str) -> str:
 def template(name: str) -> Any:
     """Inductor's object for a template; its name is global in a process, so it is made once."""
     return autotuner().template(f"pifa_{name}", GRIDS[name], source(name))
+
+
+def rendered(
+    tiles: Sequence[Tile],
+    inputs: list[Any],
+    layout: Any,
+    own: Callable[[Tile], dict[str, Any]],
+    given: list[Any] | None = None,
+) -> list[Any]:
+    """The tiles as choices of one launch: all that can be rendered if choices are measured, else the first of them.
+
+    own    the settings of a tile
+    given  what an early tile reads before it waits for the kernel ahead; None: no tile is launched early
+    """
+    auto = autotuner()
+    choices: list[Any] = []
+    for tile in tiles:
+        early = given if tile.early else None
+        problem = auto.add(choices, template(tile.template), inputs, layout, early=early, **own(tile))
+        if problem is not None:
+            log.debug("%s: %s", tile, problem)
+        elif not auto.measures():
+            break  # the table decides
+    return choices
+
+
+def some_order(row_order: Any, aligned: int = 1) -> Tensor:
+    """A row order for a measurement: uninitialised numbers would all store to few columns, or out of bounds."""
+    numbers = autotuner().numbers(row_order)
+    groups = torch.randperm(numbers.shape[0] // aligned, device=numbers.device)
+    order = aligned * groups[:, None] + torch.arange(aligned, device=numbers.device)
+    return order.flatten().to(numbers.dtype)

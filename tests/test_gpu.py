@@ -56,7 +56,7 @@ def in_form():
         )
 
 
-@pytest.mark.parametrize("form", [form for form in forms.TEMPLATES if form != "relay"])
+@pytest.mark.parametrize("form", [form for form in forms.KERNELS if form != "relay"])
 @pytest.mark.parametrize("dtypes", [(torch.float16,), (torch.bfloat16,), (torch.bfloat16, torch.float16)])
 @pytest.mark.parametrize(("tokens", "shape"), list(zip((1, 3, 300), SHAPES, strict=True)))
 def test_every_form_is_right_with_what_reads_it(form, dtypes, tokens, shape, in_form, relative):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from pretend_h200.codegen import fake, generate, kernels, launches
+from pretend_h200.codegen import fake, generate, kernels, launches, tails
 from pretend_h200.cubin import compile_kernel
 from pretend_h200.interpreter import Launch, interpret
 from pretend_h200.model import graph_on_cuda, program_of
@@ -19,12 +19,13 @@ from pretend_h200.shipped import LAUNCHES_EARLY, TABLES, ids, tiles_of
 from torch import nn
 
 import pifa_compile
-from pifa_compile.kernels import lowering
+from pifa_compile.kernels import few, lowering
 from pifa_compile.kernels import tile_tables as tiles
 from pifa_compile.kernels.op import linear
-from pifa_compile.kernels.siblings import MOST, TEMPLATES, siblings
+from pifa_compile.kernels.siblings import MOST, siblings
 from pifa_compile.kernels.triton_templates import GRIDS
 
+TEMPLATES = (few.HEAD, few.TAIL)
 TILES = tiles_of(TEMPLATES)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 SHAPES = [  # n, then m and r of each layer
@@ -94,10 +95,10 @@ def program_for(tokens, n, sizes, dtype, then=lambda y: y, **settings):
 
 @pytest.mark.parametrize("slowest", [0, -1])
 def test_the_tile_that_is_measured_to_be_the_fastest_is_taken(slowest):
-    tile = next(t for _, t in TILES if t.template == "siblings_head")
+    tile = next(t for _, t in TILES if t.template == "few_head")
     always = replace(tile, span=tiles.Span(("bfloat16",), 1, None))
     other = replace(always, warps=2 * tile.warps)
-    tail = next(t for _, t in TILES if t.template == "siblings_tail")
+    tail = next(t for _, t in TILES if t.template == "few_tail")
     given = (always, other, replace(tail, span=always.span))
 
     def seconds(choice):
@@ -110,7 +111,7 @@ def test_the_tile_that_is_measured_to_be_the_fastest_is_taken(slowest):
 
 def test_more_tokens_than_any_tile_is_for_are_refused():
     """The graph pass asks first; a graph of somebody else may hold the operator."""
-    with pytest.raises(Exception, match=r"no tile of siblings_head for torch\.bfloat16 and 4096 tokens"):
+    with pytest.raises(Exception, match=r"no tile of few_head for torch\.bfloat16 and 4096 tokens"):
         program_for(4096, 64, [(48, 16)] * 2, torch.bfloat16)
 
 
@@ -125,7 +126,7 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     assert cubin.registers <= 65536 // (32 * tile.warps)
     assert cubin.shared_bytes <= (100 << 10 if table == "safe" else 227 << 10)
     # A head starts when all before it is done: its weights may just have been written. It lets the tail start early.
-    head = tile.template == "siblings_head"
+    head = tile.template == "few_head"
     assert (cubin.triggers > 0) == (tile.early and head)
     assert (cubin.waits > 0) == kernel.early == (tile.early and not head)
     if tile.constants["BLOCK_M"] == 1:
@@ -152,7 +153,7 @@ def test_once_tried_the_second_halves_start_early_and_the_first_ones_let_them(to
         return generate(applied, given)
 
     def early(program):
-        found = [k for k in kernels(program) if {"arg_P0", "arg_O0", "arg_ROW_ORDER"} & {*k.signature}]
+        found = [k for k in kernels(program) if {"arg_P0", "arg_O0"} & {*k.signature}]
         return [(k.early, "gdc_wait" in k.source, "gdc_launch" in k.source) for k in found]
 
     head, tail = (False, False, True), (True, True, False)
@@ -172,7 +173,7 @@ def launch_of(tile, x, layers):
     y_p = torch.cat([x @ p.T for p in rows], -1)
     block, features = tile.constants["BLOCK_N"], sum(m for m, _ in sizes)
     count = sum(-(-r // block) for _, r in sizes)
-    if tile.template == "siblings_head":
+    if tile.template == "few_head":
         given, wanted = [x, *rows], torch.cat([x.double() @ p.double().T for p in rows], -1)
     else:
         count += sum(-(-(m - r) // block) for m, r in sizes)
@@ -196,6 +197,37 @@ def test_every_tile_computes_the_whole_output_on_odd_shapes(relative):
     assert {tile.template for tile, *_ in cases} == set(TEMPLATES)
     for (tile, dtype, _, wanted), (arguments,) in zip(cases, interpret([[c[2]] for c in cases]), strict=True):
         assert relative(arguments[-1], wanted) < TOLERANCE[dtype], (tile, wanted.shape)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16])
+@pytest.mark.parametrize("dtypes", [("float16", None), ("bfloat16", None), ("bfloat16", "float16")])
+def test_the_same_kernels_run_one_layer_also_with_coefficients_of_another_dtype(tokens, dtypes, relative):
+    dtype, inner = (getattr(torch, name or dtypes[0]) for name in dtypes)
+    x, [(p, c, order)] = random_layers(130, [(257, 33)], dtype, tokens)
+    c = c.to(inner)
+    few_tokens = tiles.FormRow("few", tiles.Span(("float16", "bfloat16"), 1, 16), (0.0, 1.0), "")
+
+    def given():
+        lowering.register()
+        return [*(fake(*t.shape, dtype=t.dtype) for t in (x, p, c, order))]
+
+    with tiles.use_table(replace(TABLES["nvidia-h200"], forms=(few_tokens,))):
+        program = generate(lambda *a: linear(*a, y_scale=0.25), given)
+    head, tail = kernels(program)
+    scales = ("0.25", "4.0") if dtypes[1] else ("1.0", "1.0")
+    assert f" SCALE : tl.constexpr = {scales[0]}" in head.source
+    assert f"OUT_SCALE : tl.constexpr = {scales[1]}" in tail.source
+    y_p = torch.full((tokens, 33), torch.nan, dtype=inner)
+    y = torch.full((tokens, 257), torch.nan, dtype=dtype)
+    (block,) = {8, 32} & {int(v) for v in re.findall(r"BLOCK_N : tl.constexpr = (\d+)", head.source)}
+    head_grid, tail_grid = -(-33 // block), -(-33 // block) + -(-(257 - 33) // block)
+    rows = 1 if tokens > 2 else tokens  # programs side by side: of 16 tokens, or of one
+    launches = [
+        Launch(head, [x, p, y_p], (rows * head_grid, 1, 1)),
+        Launch(tail, [y_p, c, order, y], (rows * tail_grid, 1, 1)),
+    ]
+    (_, (*_, found)) = interpret([launches])[0]
+    assert relative(found, exact(x, [(p, c, order)])) < TOLERANCE[dtype]
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------
@@ -225,10 +257,10 @@ def test_a_decoding_llama_has_nine_launches_a_block_for_its_linear_layers(llama,
     assert targets[siblings] == 4 and targets[linear] == 4  # q, k, v; gate, up; and o, down
     program = program_of(gm, given)
     heads = [k.name for k in kernels(program) if "arg_P0" in k.signature]
-    tails = [k.name for k in kernels(program) if "arg_ROW_ORDER" in k.signature or "arg_O0" in k.signature]
+    ends = [k.name for k in tails(program)]
     count = Counter(launches(program))
     assert sum(count[name] for name in heads) == 4
-    assert sum(count[name] for name in tails) == 8
+    assert sum(count[name] for name in ends) == 8
     assert not re.search(r"^\s+buf.* = torch.ops.pifa", program, re.M)
 
 

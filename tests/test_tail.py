@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pifa_compile.kernels import tail
-from pifa_compile.kernels.tail import some_order, tail_by_library
+from pifa_compile.kernels import triton_templates
+from pifa_compile.kernels.tail import tail_by_library
+from pifa_compile.kernels.triton_templates import some_order
 
 
 @pytest.mark.parametrize(("dtypes", "bound"), [
@@ -33,7 +34,7 @@ def test_every_column_is_written_where_the_row_order_says(dtypes, bound, tokens,
 @pytest.mark.parametrize("aligned", [1, 8])
 def test_what_is_measured_stores_every_column_once(aligned, monkeypatch):
     memory = torch.full((48,), 10**6, dtype=torch.int32)  # as uninitialised memory may be
-    monkeypatch.setattr(tail, "autotuner", lambda: SimpleNamespace(numbers=lambda ir: memory))
+    monkeypatch.setattr(triton_templates, "autotuner", lambda: SimpleNamespace(numbers=lambda ir: memory))
     order = some_order(None, aligned)
     assert order.dtype == torch.int32 and order.sort().values.tolist() == list(range(48))
     groups = order.view(-1, aligned)

@@ -10,18 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from pretend_h200.codegen import fake, generate, kernels, launches
+from pretend_h200.codegen import fake, generate, launches, tails
 from pretend_h200.cubin import compile_kernel
 from pretend_h200.interpreter import Launch, interpret
 from pretend_h200.shipped import TABLES, ids, tiles_of
 
-from pifa_compile.kernels import lowering
+from pifa_compile.kernels import few, lowering
 from pifa_compile.kernels import tile_tables as tiles
-from pifa_compile.kernels.kernel_forms import TEMPLATES
+from pifa_compile.kernels.kernel_forms import KERNELS
 from pifa_compile.kernels.op import linear
 from pifa_compile.kernels.triton_templates import GRIDS
 
-OF_A_LAYER = tuple(template for templates in TEMPLATES.values() for template in templates)  # others: test_siblings.py
+TAIL_FORMS = {template: form for form in ("relay", "tail") for templates in KERNELS[form] for template in templates}
+OF_A_LAYER = tuple(TAIL_FORMS)  # the first half for few tokens, and several layers at once: test_siblings.py
 TILES = tiles_of(OF_A_LAYER)
 TOKENS = (1, 3, 17, 128, 1000)
 SHAPES = [(100, 70, 16), (257, 130, 33), (320, 192, 192), (129, 200, 128), (90, 90, 61)]  # m, n, r
@@ -33,8 +34,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 def only(tile):
     """A table that leaves no choice but ``tile``, in the form that its template belongs to."""
     always = tiles.Span(("float16", "bfloat16", "float32"), 1, None)
-    form = next(form for form, templates in TEMPLATES.items() if tile.template in templates)
-    row = tiles.FormRow(form, always, (0.0, 1.0), "")
+    row = tiles.FormRow(TAIL_FORMS[tile.template], always, (0.0, 1.0), "")
     return tiles.use_table(replace(TABLES["safe"], tiles=(replace(tile, span=always),), forms=(row,)))
 
 
@@ -55,7 +55,7 @@ def kernel_of(tile, tokens, m, n, r, dtype, coefficients=None, scale=1.0, epilog
 
     with only(tile):
         program = generate(fused if epilogue else plain, given)
-    (kernel,) = (k for k in kernels(program) if "arg_ROW_ORDER" in k.signature)
+    (kernel,) = tails(program)
     return kernel
 
 
@@ -69,7 +69,7 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     assert cubin.registers <= 65536 // (32 * tile.warps)
     assert cubin.shared_bytes <= (100 << 10 if table == "safe" else 227 << 10)
     assert (cubin.waits > 0) == kernel.early == tile.early
-    if tile.template == "tail_gemv":
+    if tile.constants["BLOCK_M"] == 1:
         assert cubin.wgmma == cubin.mma == 0
         assert len(re.findall(r"LDG\.E\S*\.128", cubin.sass)) >= 4  # 16-byte loads, several under way
         return
@@ -106,6 +106,8 @@ class Case:
         kernel = kernel_of(self.tile, *call, epilogue=bool(self.fused), aligned=self.aligned)
         more = {"min": min} if self.tile.template == "tail_tma" else {}
         meta = {**self.tile.constants, "RANK": r, "PROGRAMS": 5}  # few, so that a persistent program takes many tiles
+        if self.tile.template == few.TAIL:
+            meta["TILES"] = sum(-(-rows // meta["BLOCK_N"]) for rows in (r, m - r))
         grid = GRIDS[self.tile.template](tokens, m, meta, cdiv=lambda a, b: -(-a // b), **more)
         given = [*self.inputs, self.coefficients, self.row_order]
         if self.tile.template == "relay":

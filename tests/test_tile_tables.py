@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pifa_compile.kernels import tile_tables, triton_templates
+from pifa_compile.kernels import tail, tile_tables, triton_templates
 
 TABLES = sorted(tile_tables.FOLDER.glob("*.json"))
 TOKENS = (1, 2, 16, 17, 64, 65, 1024, 100_000)
@@ -25,7 +25,7 @@ def test_a_table_serves_every_call_and_gives_its_reasons(path):
     table = tile_tables.read(path)
     for dtype in ("float16", "bfloat16", "float32"):
         for tokens in TOKENS:
-            assert table.candidates("tail", dtype, tokens), (dtype, tokens)
+            assert table.candidates(tail.TEMPLATES, dtype, tokens), (dtype, tokens)
     for tile in table.tiles:
         assert tile.reason and tile.template in triton_templates.GRIDS
         assert tile.warps in (1, 2, 4, 8) and all(value > 0 for value in tile.constants.values())
@@ -36,10 +36,10 @@ def test_a_table_serves_every_call_and_gives_its_reasons(path):
 def test_early_tiles_wait_until_their_device_has_tried_them():
     table = tile_tables.read(tile_tables.FOLDER / "nvidia-h200.json")
     early = {t.template for t in table.tiles if t.early}
-    assert early == {"tail", "tail_gemv", "siblings_head", "siblings_tail"}
+    assert early == {"few_head", "few_tail"}
     for template in early:
-        tried = replace(table, untried=()).candidates(template, "bfloat16", 2)
-        untried = replace(table, untried=(tile_tables.EARLY,)).candidates(template, "bfloat16", 2)
+        tried = replace(table, untried=()).candidates([template], "bfloat16", 2)
+        untried = replace(table, untried=(tile_tables.EARLY,)).candidates([template], "bfloat16", 2)
         assert tried[0].early and untried == [t for t in tried if not t.early] != []
         assert replace(tried[0], early=False, reason="") == replace(untried[0], reason="")  # a row with its twin
 

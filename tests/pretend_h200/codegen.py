@@ -106,6 +106,11 @@ def kernels(program: str) -> list[Kernel]:
     return [_kernel(text) for text in re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", program, re.S)]
 
 
+def tails(program: str) -> list[Kernel]:
+    """Those that write whole outputs: they read a row order, few_tail.jinja one of each layer."""
+    return [k for k in kernels(program) if {"arg_ROW_ORDER", "arg_O0"} & {*k.signature}]
+
+
 def launches(program: str) -> list[str]:
     """The names of the Triton kernels that the program launches, in order."""
     return re.findall(r"^\s+(\w+)\.run\(", program, re.M)
