@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes: the tests marked `gpu`, then the benchmarks, the rows that matter
-# most first. Results go to bench/results/<device>/. Wants a source tree and $PYTHON with
-# what pyproject.toml names; installs nothing.
+# most first. Results go to bench/results/<device>/, with a table.json for kernels/tiles/. Wants a source tree and
+# $PYTHON with what pyproject.toml names; installs nothing.
 #
 #   PYTHON=python3.12 bench/gpu.sh                      on a machine with a CUDA device
+#   PYTHON=python3.12 bench/gpu.sh --sections layers    rows of these sections alone, without the tests
 #   bench/gpu.sh --device cpu --tiny --results /tmp/x   a rehearsal of every step, on small sizes
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -33,7 +34,9 @@ mkdir -p "$results" || exit 1
 elapsed() { echo $(($(date +%s) - started)); }
 
 failed=0
-if "$PYTHON" -c 'import pytest' 2>/dev/null; then
+if [[ " $* " == *" --sections "* ]]; then
+    echo "bench/gpu.sh: a part of the benchmarks alone; the GPU tests were not run."
+elif "$PYTHON" -c 'import pytest' 2>/dev/null; then
     # The log is kept: the rows below would push it out of the end of a console that is cut off.
     timeout --kill-after=5 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 |
         tee "$results/gpu-tests.txt"

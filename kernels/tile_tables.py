@@ -38,6 +38,10 @@ class Span:
     def holds(self, dtype: str, tokens: int) -> bool:
         return dtype in self.dtypes and self.first <= tokens and (self.last is None or tokens <= self.last)
 
+    def to_json(self) -> dict[str, Any]:
+        """Its part of a row of a file."""
+        return {"dtypes": list(self.dtypes), "tokens": [self.first, self.last]}
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -55,6 +59,12 @@ class Tile:
     reason: str
     early: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """The row of a file."""
+        shape = {"constants": dict(self.constants), "warps": self.warps, "stages": self.stages}
+        early = {"early": True} if self.early else {}
+        return {"template": self.template} | self.span.to_json() | shape | early | {"reason": self.reason}
+
 
 @dataclass(frozen=True)
 class FormRow:
@@ -64,6 +74,10 @@ class FormRow:
     span: Span
     rank_share: tuple[float, float]
     reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of a file."""
+        return {"form": self.form} | self.span.to_json() | {"rank_share": self.rank_share, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -167,26 +181,12 @@ def read(path: Path) -> Table:
 def write(table: Table) -> str:
     """The text of a table's file, a line per row."""
     head = {"device": table.device, "rates": asdict(table.rates), "untried": list(table.untried)}
-    rows = {"tiles": [_tile_row(t) for t in table.tiles], "forms": [_form_row(f) for f in table.forms]}
+    rows = {"tiles": [t.to_json() for t in table.tiles], "forms": [f.to_json() for f in table.forms]}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for key, found in rows.items():
         body = ",\n".join(f"    {json.dumps(row)}" for row in found)
         lines.append(f'  "{key}": [\n{body}\n  ]' if found else f'  "{key}": []')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _tile_row(tile: Tile) -> dict[str, Any]:
-    shape = {"constants": dict(tile.constants), "warps": tile.warps, "stages": tile.stages}
-    early = {"early": True} if tile.early else {}
-    return {"template": tile.template} | _span_row(tile.span) | shape | early | {"reason": tile.reason}
-
-
-def _form_row(row: FormRow) -> dict[str, Any]:
-    return {"form": row.form} | _span_row(row.span) | {"rank_share": list(row.rank_share), "reason": row.reason}
-
-
-def _span_row(span: Span) -> dict[str, Any]:
-    return {"dtypes": list(span.dtypes), "tokens": [span.first, span.last]}
 
 
 def _span(row: dict[str, Any]) -> Span:

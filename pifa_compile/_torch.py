@@ -464,13 +464,17 @@ class InductorAutotuner:
         early  launch it while the kernel ahead of it still runs; these inputs it may read before it waits for that one
         """
         if early is not None:
-            if "triton_meta" not in inspect.signature(template.generate).parameters:
+            if not self.launches_early():
                 return "torch before 2.13 has no way to launch a template early"
             if not all(map(self._is_given, early)):
                 return "the kernel ahead may still write what this one would read early"
             settings["triton_meta"] = {"launch_pdl": True}
         problem = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **settings)
         return None if problem is None else str(problem)
+
+    def launches_early(self) -> bool:
+        """Whether a template can be launched while the kernel ahead of it still runs."""
+        return "triton_meta" in inspect.signature(self._select.TritonTemplate.generate).parameters
 
     def add_kernel(self, choices: list[Any], kernel: Any, inputs: list[Any], layout: Any, **arguments: Any) -> None:
         """Append a call of a Python function to the choices."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_a_budget_that_is_spent_leaves_steps_out_and_says_which(tmp_path):
     (folder,) = tmp_path.iterdir()
     data = json.loads((folder / "rows.json").read_text())
     assert data["sections"] == {} and len(data["left out"]) == 8
+
+
+def test_a_section_run_again_leaves_the_others_of_the_same_revision(rehearsal, tmp_path):
+    shutil.copytree(rehearsal, tmp_path / rehearsal.name)
+    path = tmp_path / rehearsal.name / "rows.json"
+    before = json.loads(path.read_text())
+    part = ("--device", "cpu", "--tiny", "--results", tmp_path, "--sections", "factorization")
+    done = run(*part)
+    assert done.returncode == 0 and "GPU tests were not run" in done.stdout, done.stdout + done.stderr
+    after = json.loads(path.read_text())["sections"]
+    assert after.keys() == before["sections"].keys() and after.pop("factorization")
+    assert all(rows == before["sections"][name] for name, rows in after.items())
+    path.write_text(json.dumps(before | {"about": before["about"] | {"revision": "another"}}))
+    assert run(*part).returncode == 0
+    assert json.loads(path.read_text())["sections"].keys() == {"factorization"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

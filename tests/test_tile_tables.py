@@ -33,6 +33,11 @@ def test_a_table_serves_every_call_and_gives_its_reasons(path):
     assert set(table.rates.flop_per_second) == {"float16", "bfloat16", "float32", "tfloat32"}
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_is_written_as_it_was_read(path):
+    assert tile_tables.write(tile_tables.read(path)) == path.read_text()
+
+
 def test_early_tiles_wait_until_their_device_has_tried_them():
     table = tile_tables.read(tile_tables.FOLDER / "nvidia-h200.json")
     early = {t.template for t in table.tiles if t.early}

@@ -38,6 +38,7 @@ class Way:
     numbers: int
     flop_per_token: int
     context: Callable[[], Any] = nullcontext
+    layers: int = 1
 
 
 def published(x: Tensor, rows: Tensor, c: Tensor, pivots: Tensor, others: Tensor) -> Tensor:
@@ -118,20 +119,19 @@ def all_templates(device: str, *, early: bool = False) -> Any:
 
 
 def forced(device: str, form: str) -> Any:
-    """Have every layer in one form, with the device's own tiles."""
+    """Have every layer in one form, with the tiles of the table in force."""
     if device == "cpu":
         return nullcontext()
     table = tile_tables.table_for(torch.cuda.get_device_name())
     row = tile_tables.FormRow(form, tile_tables.Span(("float16", "bfloat16", "float32"), 1, None), (0.0, 1.0), "forced")
-    untried = tuple(name for name in table.untried if name == tile_tables.EARLY)
-    return tile_tables.use_table(replace(table, forms=(row,), untried=untried))
+    return tile_tables.use_table(replace(table, forms=(row,)))
 
 
 def measure(way: Way, case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -> Row:
     """One row; what goes wrong is in it."""
     name = str(dtype).removeprefix("torch.")
     row: Row = {**case.named(), "N": tokens, "dtype": name, "way": way.name}
-    moved = (way.numbers + tokens * (case.n + case.m)) * dtype.itemsize
+    moved = (way.numbers + tokens * (case.n + way.layers * case.m)) * dtype.itemsize
     flop = way.flop_per_token * tokens
     torch.compiler.reset()
     try:
@@ -165,25 +165,4 @@ def rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -
         row["default"] = row["way"] == chosen
         if dense and "us" in row:
             row["of dense"] = row["us"] / dense
-    return found
-
-
-def tile_rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -> list[Row]:
-    """Every tile of the card's table by itself, for one layer."""
-    found = []
-    name = str(dtype).removeprefix("torch.")
-    if device == "cpu":
-        return found
-    with all_templates(device, early=tile_tables.EARLY not in EXCLUDED):
-        table = tile_tables.table_for(torch.cuda.get_device_name())
-    for form, templates in forms.TEMPLATES.items():
-        for template in templates if form not in EXCLUDED else ():
-            for tile in table.candidates(template, name, tokens):
-                alone = [t for t in table.tiles if t.template not in templates] + [tile]
-                (way,) = (w for w in ways(case, tokens, dtype, device) if w.name == f"pifa {form}")
-                with tile_tables.use_table(replace(table, tiles=tuple(alone))):
-                    row = measure(way, case, tokens, dtype, device, roof)
-                words = "x".join(str(v) for v in tile.constants.values())
-                early = ", early" if tile.early else ""
-                found.append(row | {"way": f"{template} {words}, {tile.warps} warps, {tile.stages} stages{early}"})
     return found

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from bench.gpu.cases import relative
 from bench.gpu.llama import LLAMA_2_7B, TINY, Block, Model
 from bench.gpu.timing import inductor, seconds_per_call
 from pifa_compile.backend import pifa
-from pifa_compile.kernels.tile_tables import EARLY
+from pifa_compile.kernels import kernel_forms
+from pifa_compile.kernels.tile_tables import EARLY, table_for
 
 Row = dict[str, Any]
 DENSITIES = (None, 0.5625, 0.55)
@@ -67,36 +71,52 @@ def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: 
 
 
 def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
-    """One block at each density, the compressed ones through the backend itself; the smallest also with early tiles."""
+    """One block at each density, the compressed ones through the backend itself; the smallest also with every layer in
+    one form, and without early tiles where the table in force has tried them."""
     shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
+    ways = [_Block(name(density), density) for density in DENSITIES]
+    density = DENSITIES[-1]
+    for form in kernel_forms.available(torch.device(device), dtype, tokens):
+        ways.append(_Block(f"{name(density)}, {form}", density, functools.partial(layers.forced, device, form), form))
+    if device == "cuda" and EARLY not in table_for(torch.cuda.get_device_name()).untried:
+        ways.append(_Block(f"{name(density)}, none early", density, functools.partial(layers.all_templates, device)))
     found = []
-    ways = [(density, False) for density in DENSITIES]
-    if device == "cuda" and EARLY not in layers.EXCLUDED:
-        ways.append((DENSITIES[-1], True))
-    for density, early in ways:
-        way = name(density) + (", early" if early else "")
-        row: Row = {"model": f"{shape.name} block", "way": way, "tokens": tokens, "dtype": str(dtype)[6:]}
-        backend = inductor(device) if density is None else OURS[device]
+    for way in ways:
+        about = {"model": f"{shape.name} block", "way": way.name, "tokens": tokens, "dtype": str(dtype)[6:]}
+        row: Row = about | ({"form": way.form} if way.form else {})
         try:
-            torch.compiler.reset()
-            with torch.device(device), torch.no_grad(), layers.all_templates(device, early=early):
-                blocks = [
-                    Block(shape, tokens, 1, density, dtype, device).eval() for _ in range(1 if device == "cpu" else 3)
-                ]
-                x = torch.randn(1, tokens, shape.width).to(dtype)
-                cos, sin = (torch.randn(tokens, shape.width // shape.heads).to(dtype) for _ in range(2))
-                position = torch.arange(tokens)
-                given = (x, cos, sin, position, None)
-                expected = blocks[0](*given)
-                compiled = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
-                error = relative(compiled[0](*given), expected)
-                seconds = seconds_per_call([functools.partial(block, *given) for block in compiled], device)
-            bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
-            found.append(row | {"ms": seconds.median * 1e3, "error": error, "ok": error < bound})
+            found.append(row | _measure_block(way, shape, tokens, dtype, device))
         except Exception as problem:  # as above
             found.append(row | {"ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]})
     _forget(device)
     return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A way to run a block; ``context`` has the table that it runs with."""
+
+    name: str
+    density: float | None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    form: str | None = None
+
+
+def _measure_block(way: _Block, shape: Any, tokens: int, dtype: torch.dtype, device: str) -> Row:
+    backend = inductor(device) if way.density is None else OURS[device]
+    torch.compiler.reset()
+    with torch.device(device), torch.no_grad(), way.context():
+        count = 1  # whose weights are more than any cache holds
+        blocks = [Block(shape, tokens, 1, way.density, dtype, device).eval() for _ in range(count)]
+        x = torch.randn(1, tokens, shape.width).to(dtype)
+        cos, sin = (torch.randn(tokens, shape.width // shape.heads).to(dtype) for _ in range(2))
+        given = (x, cos, sin, torch.arange(tokens), None)
+        expected = blocks[0](*given)
+        compiled = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
+        error = relative(compiled[0](*given), expected)
+        seconds = seconds_per_call([functools.partial(block, *given) for block in compiled], device)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    return {"ms": seconds.median * 1e3, "error": error, "ok": error < bound}
 
 
 def _forget(device: str) -> None:

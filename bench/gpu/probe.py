@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def main(name: str) -> None:
         return siblings(x, *map(list, zip(*given, strict=True))) + torch.cat([linear(x, *f) for f in given], -1)
 
     for tokens in (1, 16):
-        with forced("cuda", RELAY) if name == RELAY else all_templates("cuda", early=name == EARLY), torch.no_grad():
+        with all_templates("cuda", early=name == EARLY), torch.no_grad(), ExitStack() as stack:
+            if name == RELAY:
+                stack.enter_context(forced("cuda", RELAY))
             compiled = torch.compile(relay if name == RELAY else early, fullgraph=True, dynamic=False)
             for _ in range(100):
                 x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)

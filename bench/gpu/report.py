@@ -54,6 +54,17 @@ def folder(root: Path, facts: dict[str, Any]) -> Path:
     return made
 
 
+def kept(where: Path, facts: dict[str, Any]) -> dict[str, list[Row]]:
+    """The sections that the same revision left of the same card and torch; nothing of any other."""
+    path = where / "rows.json"
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    same = all(data["about"].get(key) == facts[key] for key in ("card", "torch", "revision"))
+    sections: dict[str, list[Row]] = data["sections"] if same else {}
+    return sections
+
+
 def write(where: Path, facts: dict[str, Any], sections: dict[str, list[Row]], left_out: list[str]) -> None:
     """Everything so far; called after each section, so that a run that is cut off leaves what it had."""
     data = {"about": facts, "sections": sections, "left out": left_out}
@@ -66,7 +77,7 @@ def write(where: Path, facts: dict[str, Any], sections: dict[str, list[Row]], le
 
 
 def _table(rows: list[Row]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
     if not columns:
         return ["nothing"]
     text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
