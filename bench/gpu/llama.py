@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu.cases import Case, random_factors
-from pifa_compile.factors import rank_for_density
+from pifa_compile.factors import Form, rank_for_density
 from pifa_compile.modules import PifaLinear
 
 
@@ -32,6 +32,29 @@ LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000)
 TINY = Shape("tiny", 64, 160, 4, 2, 2, 100)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How the linear layers of blocks keep their weights; a form other than dense has the rank of a density, or half of
+    the full rank."""
+
+    form: Form = "dense"
+    density: float | None = None
+
+    def __str__(self) -> str:
+        if self.form == "dense":
+            return "dense"
+        return f"{self.form} {self.density:g}" if self.density else f"{self.form}, r = w/2"
+
+    def linear(self, m: int, n: int, dtype: torch.dtype, device: str) -> nn.Module:
+        """A layer with random weights, on the default device, which ``device`` names too."""
+        rank = rank_for_density(m, n, self.density, 16, self.form) if self.density else min(m, n) // 2
+        if self.form == "pifa":
+            return PifaLinear(random_factors(Case("", "", m, n, rank), dtype, device))
+        sizes = [(n, m)] if self.form == "dense" else [(n, rank), (rank, m)]
+        layers = [nn.Linear(*size, bias=False, dtype=dtype).requires_grad_(False) for size in sizes]
+        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
 class Norm(nn.Module):
     """Root mean square normalization."""
 
@@ -45,23 +68,17 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder block with its cache, made on the default device, which ``device`` names too.
-
-    ``density`` None leaves its linear layers dense.
-    """
+    """One decoder block with its cache, made on the default device, which ``device`` names too."""
 
     def __init__(
-        self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype, device: str
+        self, shape: Shape, tokens: int, batch: int, weights: Weights, dtype: torch.dtype, device: str
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head = shape.heads, shape.kv_heads, shape.width // shape.heads
         kv = shape.kv_heads * self.head
 
         def linear(m: int, n: int) -> nn.Module:
-            if density is None:
-                return nn.Linear(n, m, bias=False, dtype=dtype).requires_grad_(False)
-            case = Case(shape.name, "", m, n, rank_for_density(m, n, density, 16))
-            return PifaLinear(random_factors(case, dtype, device))
+            return weights.linear(m, n, dtype, device)
 
         self.q, self.k, self.v = linear(shape.width, shape.width), linear(kv, shape.width), linear(kv, shape.width)
         self.o = linear(shape.width, shape.width)
@@ -98,12 +115,12 @@ class Model(nn.Module):
     """Blocks between an embedding and a head; ``run_block`` may be a compiled form of a block's forward."""
 
     def __init__(
-        self, shape: Shape, tokens: int, batch: int, density: float | None, dtype: torch.dtype, device: str
+        self, shape: Shape, tokens: int, batch: int, weights: Weights, dtype: torch.dtype, device: str
     ) -> None:
         super().__init__()
         self.shape, self.tokens = shape, tokens
         self.embedding = nn.Embedding(shape.vocabulary, shape.width, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(shape, tokens, batch, density, dtype, device) for _ in range(shape.blocks))
+        self.blocks = nn.ModuleList(Block(shape, tokens, batch, weights, dtype, device) for _ in range(shape.blocks))
         self.norm = Norm(shape.width).to(dtype)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False, dtype=dtype)
         angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(0, shape.width // shape.heads, 2) / 128)

@@ -1,5 +1,5 @@
-"""A whole block, and a whole model of Llama-2-7B's shape: dense and at two densities, all compiled alike and captured
-in CUDA graphs. Tokens per second, bytes of weights, and the peak of memory."""
+"""A whole block, and a whole model of Llama-2-7B's shape: dense, at two densities, and at half the rank as a pair and
+as PIFA, all compiled alike and captured in CUDA graphs. Tokens per second, bytes of weights, and the peak of memory."""
 
 from __future__ import annotations
 
@@ -14,48 +14,49 @@ import torch
 
 from bench.gpu import layers
 from bench.gpu.cases import relative
-from bench.gpu.llama import LLAMA_2_7B, TINY, Block, Model
+from bench.gpu.llama import LLAMA_2_7B, TINY, Block, Model, Weights
 from bench.gpu.timing import inductor, seconds_per_call
 from pifa_compile.backend import pifa
 from pifa_compile.kernels import kernel_forms
 from pifa_compile.kernels.tile_tables import EARLY, table_for
 
 Row = dict[str, Any]
-DENSITIES = (None, 0.5625, 0.55)
+DENSE, SMALLEST = Weights(), Weights("pifa", 0.55)
+WEIGHTS = (DENSE, SMALLEST, Weights("pifa", 0.5625), Weights("pair"), Weights("pifa"))
 CACHE = 512  # tokens that a decoding step attends to
 #: The backend itself, as users call it; a rehearsal on the CPU stops before C++ is compiled.
 OURS = {"cuda": pifa, "cpu": functools.partial(pifa, options={"inner": "eager"})}
 
 
-def name(density: float | None) -> str:
-    """How a row calls a model."""
-    return "dense" if density is None else f"pifa {density:g}"
+def _backend(weights: Weights, device: str) -> Any:
+    return OURS[device] if weights.form == "pifa" else inductor(device)
 
 
-def model_rows(density: float | None, batches: tuple[int, ...], prefill: int, device: str, tiny: bool) -> list[Row]:
+def model_rows(weights: Weights, batches: tuple[int, ...], prefill: int, device: str, tiny: bool) -> list[Row]:
     """Decoding at each batch size, and a prefill, of one model; it is built once for each."""
     shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
     found = []
     for batch, tokens in [*((batch, 1) for batch in batches), (1, prefill)]:
-        about = {"model": shape.name, "way": name(density), "batch": batch, "tokens": tokens}
+        about = {"model": shape.name, "way": str(weights), "batch": batch, "tokens": tokens}
         row: Row = about | {"dtype": str(dtype)[6:]}
         try:
-            found.append(row | _measure(shape, density, batch, tokens, dtype, device))
+            found.append(row | _measure(shape, weights, batch, tokens, dtype, device))
         except Exception as problem:  # a row that fails must not end the run, nor be hidden
             found.append(row | {"ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]})
         _forget(device)
     return found
 
 
-def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: torch.dtype, device: str) -> Row:
+def _measure(shape: Any, weights: Weights, batch: int, tokens: int, dtype: torch.dtype, device: str) -> Row:
     _forget(device)
-    backend = inductor(device) if density is None else OURS[device]
     with torch.device(device), torch.no_grad():
-        model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, density, dtype, device).eval()
+        model = Model(shape, max(CACHE if shape is not TINY else 32, tokens), batch, weights, dtype, device).eval()
         words = torch.randint(shape.vocabulary, (batch, tokens))
         position = torch.arange(tokens) + (0 if tokens > 1 else model.tokens - 1)
         expected = model(words, position)
-        model.compile_blocks(backend)
+        model.compile_blocks(_backend(weights, device))
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of running it, not of making it
         error = relative(model(words, position), expected)
         seconds = seconds_per_call([functools.partial(model, words, position)], device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
@@ -71,15 +72,14 @@ def _measure(shape: Any, density: float | None, batch: int, tokens: int, dtype: 
 
 
 def block_rows(tokens: int, device: str, tiny: bool) -> list[Row]:
-    """One block at each density, the compressed ones through the backend itself; the smallest also with every layer in
-    one form, and without early tiles where the table in force has tried them."""
+    """One block with each kind of weights; the smallest also with every layer in one form, and without early tiles if
+    the table in force has tried them."""
     shape, dtype = (TINY, torch.float32) if tiny else (LLAMA_2_7B, torch.bfloat16)
-    ways = [_Block(name(density), density) for density in DENSITIES]
-    density = DENSITIES[-1]
+    ways = [_Block(str(weights), weights) for weights in WEIGHTS]
     for form in kernel_forms.available(torch.device(device), dtype, tokens):
-        ways.append(_Block(f"{name(density)}, {form}", density, functools.partial(layers.forced, device, form), form))
+        ways.append(_Block(f"{SMALLEST}, {form}", SMALLEST, functools.partial(layers.forced, device, form), form))
     if device == "cuda" and EARLY not in table_for(torch.cuda.get_device_name()).untried:
-        ways.append(_Block(f"{name(density)}, none early", density, functools.partial(layers.all_templates, device)))
+        ways.append(_Block(f"{SMALLEST}, none early", SMALLEST, functools.partial(layers.all_templates, device)))
     found = []
     for way in ways:
         about = {"model": f"{shape.name} block", "way": way.name, "tokens": tokens, "dtype": str(dtype)[6:]}
@@ -97,22 +97,21 @@ class _Block:
     """A way to run a block; ``context`` has the table that it runs with."""
 
     name: str
-    density: float | None
+    weights: Weights
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     form: str | None = None
 
 
 def _measure_block(way: _Block, shape: Any, tokens: int, dtype: torch.dtype, device: str) -> Row:
-    backend = inductor(device) if way.density is None else OURS[device]
     torch.compiler.reset()
     with torch.device(device), torch.no_grad(), way.context():
         count = 1  # whose weights are more than any cache holds
-        blocks = [Block(shape, tokens, 1, way.density, dtype, device).eval() for _ in range(count)]
+        blocks = [Block(shape, tokens, 1, way.weights, dtype, device).eval() for _ in range(count)]
         x = torch.randn(1, tokens, shape.width).to(dtype)
         cos, sin = (torch.randn(tokens, shape.width // shape.heads).to(dtype) for _ in range(2))
         given = (x, cos, sin, torch.arange(tokens), None)
         expected = blocks[0](*given)
-        compiled = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
+        compiled = [torch.compile(block, backend=_backend(way.weights, device), dynamic=False) for block in blocks]
         error = relative(compiled[0](*given), expected)
         seconds = seconds_per_call([functools.partial(block, *given) for block in compiled], device)
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-4

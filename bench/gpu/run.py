@@ -63,14 +63,14 @@ def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
     first = {name: named[name] for name in list(named)[:1]}
     others = {name: named[name] for name in list(named)[1:]}
     dtype = FP32 if tiny else BF16
-    by_layer = {case.layer: case for case in cases(first, models.DENSITIES[-1])}
+    by_layer = {case.layer: case for case in cases(first, models.SMALLEST.density)}
     for name, together, tokens in () if tiny else CONTESTS:
         yield "tiles", DECIDED_BY, partial(tiles.rows, by_layer[name], together, tokens, BF16, device, top)
     for tokens in (16,) if tiny else (2048, 1, 16):
         yield "blocks", 45, partial(models.block_rows, tokens, device, tiny)
-    for density in models.DENSITIES:
+    for weights in models.WEIGHTS:
         batches, prefill = ((2,), 16) if tiny else ((1, 16), 2048)
-        yield "models", 60, partial(models.model_rows, density, batches, prefill, device, tiny)
+        yield "models", 60, partial(models.model_rows, weights, batches, prefill, device, tiny)
     w = 64 if tiny else 4096
     yield from layer("ranks", squares(w, (0.5,)), (4,) if tiny else (2048, 1), dtype)
     yield from layer("layers", cases(first, 0.5625), (3,) if tiny else (2048, 1, 16), dtype)
