@@ -290,9 +290,15 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def exporting() -> bool:
+    """Whether the code is traced by torch.export; Dynamo of torch 2.11 takes its own question for True at all times."""
+    return torch.compiler.is_exporting()
+
+
 # Dynamo asks while it traces, and guards the answer by itself. As torch.compiler.assume_constant_result marks it, which
 # imports all of Dynamo.
-setattr(in_function_transform, "_dynamo_marked_constant", True)  # noqa: B010
+for _asked in (in_function_transform, exporting):
+    setattr(_asked, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def autocast_is_on() -> bool:

@@ -150,7 +150,7 @@ class PifaLinear(_Factored):
     def _apply_factors(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.pivot_rows.dtype and not torch.is_autocast_enabled(x.device.type)
         compiling = torch.compiler.is_compiling() and not _torch.in_function_transform()
-        if (compiling or not plain) and not torch.compiler.is_exporting():
+        if (compiling or not plain) and not _torch.exporting():
             # One node for passes and lowerings; and under autocast, or for a wrong dtype, the operator's own rules.
             # The operator has no rules for vmap and torch.func.grad: what it is made of has. What is exported must run
             # without this package, so it has operators of torch alone.
