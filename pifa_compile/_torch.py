@@ -13,9 +13,9 @@ import itertools
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -330,11 +330,16 @@ def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def fake_mode_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
-    """The mode of the first fake tensor: tensors that are made inside are fake too."""
+@contextmanager
+def fake_mode_of(values: Iterable[Any]) -> Iterator[None]:
+    """The mode of the first fake tensor, as Dynamo runs it: tensors that are made inside are fake too, and sizes stay
+    symbols (without the Python dispatcher torch 2.11 turns those of ``linear`` into numbers)."""
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def size_expression(size: torch.SymInt) -> Any:

@@ -385,7 +385,7 @@ def test_env_tells_versions_and_places(pifa, store):
     found = json.loads(pifa("env", "--json")[1])
     assert (code, err) == (0, "")
     assert out == "".join(f"{key:20} {value}\n" for key, value in found.items())
-    assert found["torch"] == torch.__version__
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]  # PyPI's wheel does not name its CUDA
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["store"] == str(store.root)
     assert found["backend registered"] is True

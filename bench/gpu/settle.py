@@ -61,17 +61,17 @@ def by_tiles(table: Table, rows: Sequence[Row], card: str) -> Settled:
     for tile in table.tiles:
         own = [row for row in rows if _same(row, tile)]
         wrong = [row for row in own if not row["ok"]]
-        won = results[_key(tile.to_json())]
+        found = results[_key(tile.to_json())]
         if wrong:
             problem = wrong[0].get("problem") or f"an error of {wrong[0]['error']:.2g}"
             removed.append(f"{wrong[0]['way']}, N = {wrong[0]['N']}: {problem}")
-        elif own and min(result.relative for result in won) > NEAR:
-            best = min(won, key=lambda result: result.relative)
+        elif own and min(result.relative for result in found) > NEAR:
+            best = min(found, key=lambda result: result.relative)
             removed.append(f"{own[0]['way']}: at best {best}")
         elif own:
-            mean = math.exp(sum(math.log(result.relative) for result in won) / len(won))
+            mean = math.exp(sum(math.log(result.relative) for result in found) / len(found))
             place = (0, tile.span.first, own[0]["launch"], mean)
-            reason = f"{card}, {own[0]['dtype']}: " + "; ".join(map(str, sorted(won, key=lambda r: r.relative)[:3]))
+            reason = f"{card}, {own[0]['dtype']}: " + "; ".join(map(str, sorted(found, key=lambda r: r.relative)[:3]))
             kept.append((place, replace(tile, reason=reason)))
         else:
             kept.append(((1,), tile))
