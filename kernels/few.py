@@ -10,6 +10,7 @@ N = number of tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,9 @@ def lower(
 
     choices = rendered(_tiles(TAIL, rows, coefficients[0]), inputs, layout, own, given=inputs[1:])
     _check(choices, TAIL, rows)
-    orders = {1 + len(coefficients) + i: some_order for i in range(len(row_orders))}
-    return auto.choose(f"pifa_{TAIL}", choices, inputs, layout, orders)
+    ranks = _sizes(pivot_rows)
+    make = {1 + len(ranks) + i: functools.partial(some_order, rank=rank) for i, rank in enumerate(ranks)}
+    return auto.choose(f"pifa_{TAIL}", choices, inputs, layout, make)
 
 
 def _head(rows: Any, pivot_rows: Sequence[Any], dtype: torch.dtype, scale: float) -> Any:

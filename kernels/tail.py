@@ -54,7 +54,7 @@ def lower(
     if auto.calls_python() and (auto.measures() or not choices):
         kernel = auto.kernel("pifa_tail_library", tail_by_library)
         auto.add_kernel(choices, kernel, inputs, layout, dtype=dtype, out_scale=out_scale)
-    make = {ROW_ORDER: functools.partial(some_order, aligned=aligned)}
+    make = {ROW_ORDER: functools.partial(some_order, rank=int(r), aligned=aligned)}
     return auto.choose("pifa_tail", choices, inputs, layout, make)
 
 

@@ -102,9 +102,12 @@ def rendered(
     return choices
 
 
-def some_order(row_order: Any, aligned: int = 1) -> Tensor:
-    """A row order for a measurement: uninitialised numbers would all store to few columns, or out of bounds."""
+def some_order(row_order: Any, rank: int, aligned: int = 1) -> Tensor:
+    """A row order for a measurement, spread as real ones are: the pivots and the other rows in ascending order each.
+
+    Uninitialised numbers would all store to few columns, or out of bounds; a plain permutation, farther apart.
+    """
     numbers = autotuner().numbers(row_order)
     groups = torch.randperm(numbers.shape[0] // aligned, device=numbers.device)
-    order = aligned * groups[:, None] + torch.arange(aligned, device=numbers.device)
-    return order.flatten().to(numbers.dtype)
+    order = (aligned * groups[:, None] + torch.arange(aligned, device=numbers.device)).flatten()
+    return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(numbers.dtype)

@@ -32,11 +32,12 @@ def test_every_column_is_written_where_the_row_order_says(dtypes, bound, tokens,
 
 
 @pytest.mark.parametrize("aligned", [1, 8])
-def test_what_is_measured_stores_every_column_once(aligned, monkeypatch):
+def test_what_is_measured_stores_every_column_once_in_two_ascending_parts(aligned, monkeypatch):
     memory = torch.full((48,), 10**6, dtype=torch.int32)  # as uninitialised memory may be
     monkeypatch.setattr(triton_templates, "autotuner", lambda: SimpleNamespace(numbers=lambda ir: memory))
-    order = some_order(None, aligned)
+    order = some_order(None, 16, aligned)
     assert order.dtype == torch.int32 and order.sort().values.tolist() == list(range(48))
+    assert all(torch.equal(part, part.sort().values) for part in (order[:16], order[16:]))
     groups = order.view(-1, aligned)
     assert bool((groups[:, :1] % aligned == 0).all() and (groups - groups[:, :1] == torch.arange(aligned)).all())
     assert not torch.equal(order, order.sort().values)

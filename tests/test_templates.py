@@ -82,7 +82,10 @@ def test_every_tile_compiles_for_sm_90_without_spills(table, tile, tf32):
     else:
         assert cubin.async_copies > 0  # the pipeline is there, on 16-byte copies:
     assert not [line for line in cubin.sass.splitlines() if "LDGSTS" in line and ".128" not in line]
-    of_y = {"STG.E.U16"} if dtype.itemsize == 2 else {"STG.E"}  # scattered columns: one number per store
+    # Scattered columns, one number per store; but pivots and others ascend, and lanes of a warp take them side by side.
+    lanes = min(32, tile.constants["BLOCK_N"])
+    assert cubin.lanes == [32 // lanes, lanes]
+    of_y = {"STG.E.U16"} if dtype.itemsize == 2 else {"STG.E"}
     assert set(cubin.stores) == of_y if tile.template != "relay" else set(cubin.stores) > of_y  # and partial sums
 
 

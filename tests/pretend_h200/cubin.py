@@ -25,6 +25,7 @@ class Cubin:
     async_copies: int
     tma_loads: int
     stores: dict[str, int]
+    lanes: list[int]  # of a warp, over the dimensions of what the last store writes
     waits: int  # for the kernel ahead
     triggers: int  # of the kernel behind
     sass: str
@@ -58,11 +59,18 @@ def compile_kernel(kernel: Kernel) -> Cubin:
         mma=_count(operations, "HMMA"),
         async_copies=_count(operations, "LDGSTS"),
         tma_loads=_count(operations, "UTMALDG"),
+        lanes=_lanes(compiled.asm["ttgir"]),
         stores={name: count for name, count in sorted(operations.items()) if name.startswith("STG")},
         waits=_count(operations, "ACQBULK"),
         triggers=_count(operations, "PREEXIT"),
         sass=sass,
     )
+
+
+def _lanes(ttgir: str) -> list[int]:
+    (*_, layout) = re.findall(r"tt\.store .*, (#\w+)>", ttgir)
+    found = re.search(rf"^{layout} = .*threadsPerWarp = \[([\d, ]+)\]", ttgir, re.M)
+    return [int(number) for number in found.group(1).split(",")]
 
 
 def _count(operations: Counter[str], name: str) -> int:
