@@ -37,8 +37,11 @@ failed=0
 if [[ " $* " == *" --sections "* ]]; then
     echo "bench/gpu.sh: a part of the benchmarks alone; the GPU tests were not run."
 elif "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    # The log is kept: the rows below would push it out of the end of a console that is cut off.
-    timeout --kill-after=5 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 |
+    # Side by side, as most of it is compiling. The log is kept: the rows below would push it out of the end of a console
+    # that is cut off.
+    side_by_side=$("$PYTHON" -c 'import xdist; print("-n 6")' 2>/dev/null) || side_by_side=
+    TORCHINDUCTOR_COMPILE_THREADS=2 timeout --kill-after=5 150 "$PYTHON" -m pytest -q -m gpu --tb=short $side_by_side \
+        -p no:cacheprovider tests/test_gpu.py 2>&1 |
         tee "$results/gpu-tests.txt"
     code=${PIPESTATUS[0]}
     [[ $code == 0 || $code == 5 ]] || failed=$code

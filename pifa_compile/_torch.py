@@ -476,7 +476,7 @@ class InductorAutotuner:
         """
         if early is not None:
             if not self.launches_early():
-                return "torch before 2.13 has no way to launch a template early"
+                return "this torch has no way to launch a template early"
             if not all(map(self._is_given, early)):
                 return "the kernel ahead may still write what this one would read early"
             settings["triton_meta"] = {"launch_pdl": True}

@@ -135,7 +135,7 @@ print("right")
 """
 
 
-@pytest.mark.skipif(not LAUNCHES_EARLY, reason="torch before 2.13 launches no template early")
+@pytest.mark.skipif(not LAUNCHES_EARLY, reason="this torch launches no template early")
 def test_tiles_that_start_early_are_right_also_in_cuda_graphs():
     """In a process of its own: a launch that fails leaves no usable device behind."""
     done = subprocess.run([sys.executable, "-c", EARLY_TILES], capture_output=True, text=True, timeout=90, cwd=ROOT)

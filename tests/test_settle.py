@@ -70,13 +70,21 @@ def test_what_never_was_the_fastest_goes_and_is_told():
 
 def test_what_was_wrong_goes_however_fast_it_was_and_its_template_stays_untried():
     right, wrong = tile(), tile("tail_tma")
-    failed = {"us": None, "ok": False, "problem": "OutOfResources: shared memory"}
-    rows = [row(right, 10.0), row(wrong, 1.0, ok=False), row(wrong, 0, m=11008) | failed, row(right, 20.0, m=11008)]
+    rows = [row(right, 10.0), row(wrong, 1.0, ok=False), row(wrong, 5.0, m=11008), row(right, 20.0, m=11008)]
     settled = settle.by_tiles(table_of(wrong, right, untried=("tail_tma", "relay")), rows, "Abacus 3000")
     assert [t.template for t in settled.table.tiles] == ["tail"]
     assert settled.table.untried == ("tail_tma", "relay")
     assert settled.removed == (f"{tiles.words(wrong)}, N = 2048: an error of 0.5",)
-    assert settled.table.tiles[0].reason.count("1.00 of the fastest") == 2  # the wrong ones compete with nobody
+    assert settled.table.tiles[0].reason.count("1.00 of the fastest") == 2  # a wrong one competes with nobody
+
+
+def test_what_could_not_be_measured_stays_as_it_was_and_untried():
+    right, failed = tile(), tile("tail_tma")
+    problem = {key: value for key, value in row(failed, 0).items() if key not in ("us", "error")}
+    rows = [row(right, 10.0), problem | {"ok": False, "problem": "CUDA error: an illegal memory access"}]
+    settled = settle.by_tiles(table_of(failed, right, untried=("tail_tma",)), rows, "Abacus 3000")
+    assert settled.removed == () and settled.table.untried == ("tail_tma",)
+    assert settled.table.tiles[1] == failed
 
 
 def test_early_tiles_are_tried_together_and_apart_from_their_template():
@@ -86,6 +94,7 @@ def test_early_tiles_are_tried_together_and_apart_from_their_template():
     rows = [row(early, 5.0, launch="few_tail"), row(late, 6.0, launch="few_tail")]
     settled = settle.by_tiles(given, rows, "Abacus 3000")
     assert settled.table.tiles[0].early and settled.table.untried == ("relay",)
+    assert settled.table.tiles[1] == replace(late, reason=settled.table.tiles[1].reason)  # for where none is
     late_only = settle.by_tiles(given, rows[1:], "Abacus 3000")
     assert [t.early for t in late_only.table.tiles] == [False, True] and late_only.table.untried == (EARLY, "relay")
 
@@ -105,10 +114,10 @@ def block(form, tokens, ms, ok=True):
 def test_the_form_of_a_block_holds_as_far_as_the_next_count_that_was_measured():
     rows = [block("tail", 2048, 3.0), block("gather", 2048, 2.5), block(None, 2048, 1.0)]
     rows += [block("tail", 1, 0.07), block("few", 1, 0.06), block("relay", 1, 0.01, ok=False)]
-    rows += [block("few", 16, 0.08), block("tail", 16, 0.09)]
+    rows += [block("few", 16, 0.0895), block("tail", 16, 0.09)]  # as good as what the cost prefers
     table = settle.by_forms(SHIPPED, rows, "Abacus 3000")
     found = [(form.form, form.span.first, form.span.last) for form in table.forms]
-    assert found == [("few", 1, 4), ("few", 5, 181), ("gather", 182, None)]
+    assert found == [("few", 1, 4), ("tail", 5, 181), ("gather", 182, None)]
     assert table.forms[2].reason.endswith("bfloat16, a block, N = 2048: gather 2.500 ms, tail 3.000 ms")
     assert table.form("float16", 3, 0.4) == "few" and table.form("bfloat16", 10**6, 1.0) == "gather"
     assert settle.by_forms(SHIPPED, [block(None, 1, 1.0)], "Abacus 3000") == SHIPPED

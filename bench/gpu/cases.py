@@ -5,6 +5,7 @@ m = out_features, n = in_features, r = rank, N = tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,5 +89,6 @@ def exact(factors: PifaFactors, x: Tensor) -> Tensor:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``wanted``."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    """Frobenius norm of the difference over that of ``wanted``; infinite where there is no number."""
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return math.inf if math.isnan(error) else error

@@ -24,8 +24,8 @@ from pifa_compile.passes.align import GROUP
 Row = dict[str, Any]
 #: Relative error up to which a row counts as right; of 2:4 and dense against their own weight.
 BOUNDS = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 2e-3}
-CHECKED_TOKENS = 64
-#: What is not run: forms, and EARLY, that were wrong or did not end when they were tried in a process of their own.
+CHECKED_TOKENS = 64  # spread over all
+#: What is not run: templates, and EARLY, that were wrong or did not end when they were tried in a process of their own.
 EXCLUDED: set[str] = set()
 
 
@@ -41,6 +41,22 @@ class Way:
     layers: int = 1
 
 
+class DeviceLost(RuntimeError):
+    """Nothing can run on the device any more, as after an illegal access or a capture that broke off."""
+
+
+def failure(problem: Exception, device: str) -> Row:
+    """The columns of a row that failed; raises DeviceLost if all later ones would fail too."""
+    words = f"{type(problem).__name__}: {problem}"
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.randn(1, device=device)
+        except Exception as lost:
+            raise DeviceLost(words[:3000]) from lost
+    return {"ok": False, "problem": words[:300]}
+
+
 def published(x: Tensor, rows: Tensor, c: Tensor, pivots: Tensor, others: Tensor) -> Tensor:
     """Two library products and two index copies."""
     y_p = x @ rows.T
@@ -50,14 +66,9 @@ def published(x: Tensor, rows: Tensor, c: Tensor, pivots: Tensor, others: Tensor
 
 
 def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Way]:
-    """All of them; a 2:4 weight only where the card can multiply it."""
+    """All but 2:4 sparsity."""
     m, n, r = case.m, case.n, case.r
     inputs = lambda count: [torch.randn(tokens, n, device=device).to(dtype) for _ in range(count)]  # noqa: E731
-
-    def dense(count: int) -> Any:
-        weights = [(torch.randn(m, n, device=device) / n**0.5).to(dtype) for _ in range(count)]
-        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(inputs(count), weights, strict=True)]
-        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ weights[0].double().T)
 
     def pair(count: int) -> Any:
         right = [(torch.randn(r, n, device=device) / n**0.5).to(dtype) for _ in range(count)]
@@ -78,23 +89,11 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
 
         return make
 
-    def half_sparse(count: int) -> Any:
-        from torch.sparse import to_sparse_semi_structured
-
-        weights, pruned = [], []
-        for _ in range(count):
-            w = torch.randn(m, n, device=device).view(m, n // 4, 4) / n**0.5
-            keep = torch.zeros_like(w).scatter_(2, w.abs().topk(2, dim=2).indices, 1.0)
-            pruned.append((w * keep).view(m, n).to(dtype))
-            weights.append(to_sparse_semi_structured(pruned[-1]))
-        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(inputs(count), weights, strict=True)]
-        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ pruned[0].double().T)
-
     kept, flop = r * (m + n - r), 2 * r * (m + n - r)
-    yield Way("dense", dense, m * n, 2 * m * n)
+    yield _dense(case, tokens, dtype, device)
     yield Way("pair", pair, r * (m + n), 2 * r * (m + n))
     yield Way("published", pifa(published, True), kept, flop)
-    for form in sorted(set(forms.available(torch.device(device), dtype, tokens)) - EXCLUDED):
+    for form in sorted(forms.available(torch.device(device), dtype, tokens)):
         lowering.register()
         compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
         yield Way(f"pifa {form}", pifa(compiled, False), kept, flop, lambda form=form: forced(device, form))
@@ -106,15 +105,47 @@ def ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[W
     if dtype == torch.bfloat16:  # coefficients and y_p in float16, which rounds them eight times less
         compiled = torch.compile(lambda *a: linear(*a), backend=inductor(device), fullgraph=True, dynamic=False)
         yield Way("pifa, fp16 coefficients", pifa(compiled, False, torch.float16), kept, flop)
-    if device == "cuda" and dtype != torch.float32:
-        yield Way("2:4", half_sparse, m * n * 9 // 16, 2 * m * n)
+
+
+def _dense(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Way:
+    m, n = case.m, case.n
+
+    def make(count: int) -> Any:
+        weights = [(torch.randn(m, n, device=device) / n**0.5).to(dtype) for _ in range(count)]
+        given = [torch.randn(tokens, n, device=device).to(dtype) for _ in range(count)]
+        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(given, weights, strict=True)]
+        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ weights[0].double().T)
+
+    return Way("dense", make, m * n, 2 * m * n)
+
+
+def sparse_ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Way]:
+    """Dense, and 2:4 semi-structured sparsity, for a card that can multiply such weights."""
+    from torch.sparse import to_sparse_semi_structured
+
+    m, n = case.m, case.n
+
+    def make(count: int) -> Any:
+        weights, pruned = [], []
+        for _ in range(count):
+            w = torch.randn(m, n, device=device).view(m, n // 4, 4) / n**0.5
+            keep = torch.zeros_like(w).scatter_(2, w.abs().topk(2, dim=2).indices, 1.0)
+            pruned.append((w * keep).view(m, n).to(dtype))
+            weights.append(to_sparse_semi_structured(pruned[-1]))
+        given = [torch.randn(tokens, n, device=device).to(dtype) for _ in range(count)]
+        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(given, weights, strict=True)]
+        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ pruned[0].double().T)
+
+    yield _dense(case, tokens, dtype, device)
+    yield Way("2:4", make, m * n * 9 // 16, 2 * m * n)
 
 
 def all_templates(device: str, *, early: bool = False) -> Any:
-    """Have the card's table with all its templates, also those that it has not tried yet; ``early``: and such tiles."""
+    """Have the card's table with all its templates, also those that it has not tried yet; ``early``: and such tiles.
+    Without those that are excluded."""
     if device == "cpu":
         return nullcontext()
-    untried = () if early else (tile_tables.EARLY,)
+    untried = tuple(EXCLUDED | (set() if early else {tile_tables.EARLY}))
     return tile_tables.use_table(replace(tile_tables.table_for(torch.cuda.get_device_name()), untried=untried))
 
 
@@ -138,12 +169,13 @@ def measure(way: Way, case: Case, tokens: int, dtype: torch.dtype, device: str, 
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(way.context())
             calls, run, wanted = way.make(copies(moved, device))
-            x = torch.randn(min(tokens, CHECKED_TOKENS), case.n, device=device).to(dtype)
-            x = x.repeat(-(-tokens // x.shape[0]), 1)[:tokens]
-            error = relative(run(x)[:CHECKED_TOKENS], wanted(x[:CHECKED_TOKENS]))
+            x = torch.randn(tokens, case.n, device=device).to(dtype)
+            some = torch.arange(0, tokens, -(-tokens // CHECKED_TOKENS), device=device)
+            error = relative(run(x)[some], wanted(x[some]))
             seconds = seconds_per_call(calls, device)
+            error = max(error, relative(seconds.output, calls[0]()))  # as it was timed, against the same call by itself
     except Exception as problem:  # a row that fails must not end the run, nor be hidden
-        return row | {"ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]}
+        return row | failure(problem, device)
     return row | {
         "us": seconds.median * 1e6,
         "low us": seconds.low * 1e6,
@@ -154,9 +186,16 @@ def measure(way: Way, case: Case, tokens: int, dtype: torch.dtype, device: str, 
     }
 
 
-def rows(case: Case, tokens: int, dtype: torch.dtype, device: str, roof: Roof) -> list[Row]:
+def rows(
+    case: Case,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    roof: Roof,
+    among: Callable[[Case, int, torch.dtype, str], Iterator[Way]] = ways,
+) -> list[Row]:
     """Every way for one layer, with the ratio of its time to the dense one's."""
-    found = [measure(way, case, tokens, dtype, device, roof) for way in ways(case, tokens, dtype, device)]
+    found = [measure(way, case, tokens, dtype, device, roof) for way in among(case, tokens, dtype, device)]
     dense = next((row["us"] for row in found if row["way"] == "dense" and "us" in row), None)
     card = torch.cuda.get_device_name() if device == "cuda" else None
     call = forms.Call(card, str(dtype).removeprefix("torch."), tokens, case.m, case.n, case.r)

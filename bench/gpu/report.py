@@ -1,12 +1,16 @@
-"""What a run leaves behind: rows as JSON, the same as tables in Markdown, and plots where matplotlib is installed."""
+"""What a run leaves behind: rows as JSON, and the same as tables in Markdown. python -m bench.gpu.report ROWS.json
+draws pictures of them beside, with matplotlib."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,8 @@ def about(device: str) -> dict[str, Any]:
 def _revision() -> str:
     """The commit of this tree, where git knows it."""
     git = shutil.which("git")
-    if git is None:
-        return "unknown"
+    if git is None or "PIFA_REVISION" in os.environ:  # a tree may be measured where its history is not
+        return os.environ.get("PIFA_REVISION", "unknown")
     command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -91,14 +95,12 @@ def _cell(value: Any) -> str:
 
 
 def plot(where: Path, rows: list[Row], title: str) -> None:
-    """Time of each way over the number of tokens, one picture per layer; nothing without matplotlib."""
-    try:
-        import matplotlib
+    """Time of each way over the number of tokens, one picture per layer."""
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     timed = [row for row in rows if "us" in row]
     for key in dict.fromkeys((row["model"], row["layer"], row["dtype"]) for row in timed):
         chosen = [row for row in timed if (row["model"], row["layer"], row["dtype"]) == key]
@@ -111,3 +113,17 @@ def plot(where: Path, rows: list[Row], title: str) -> None:
         figure.tight_layout()
         figure.savefig(where / (re.sub(r"[^a-z0-9]+", "-", f"{title} {' '.join(key)}".lower()) + ".png"), dpi=120)
         pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the rows of a run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path, help="rows.json, as bench.gpu.run writes it")
+    path = parser.parse_args(arguments).rows
+    sections = json.loads(path.read_text(encoding="utf-8"))["sections"]
+    for section in ("layers", "ranks"):
+        plot(path.parent, sections.get(section, []), section)
+
+
+if __name__ == "__main__":
+    main()

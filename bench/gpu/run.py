@@ -25,12 +25,13 @@ import torch
 
 from bench.gpu import factoring, layers, models, probe, report, roof, settle, tiles
 from bench.gpu.cases import MODELS, TINY, cases, squares
+from bench.gpu.llama import Weights
 from bench.gpu.timing import Budget
 from pifa_compile._torch import autotuner
 from pifa_compile.kernels.tile_tables import EARLY, Table, table_for, use_table, write
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SECTIONS = ("tiles", "blocks", "models", "ranks", "layers", "factorization")
+SECTIONS = ("tiles", "blocks", "models", "ranks", "layers", "factorization", "2:4")
 Step = tuple[str, float, Callable[[], list[report.Row]]]
 Sections = dict[str, list[report.Row]]
 
@@ -48,7 +49,7 @@ CONTESTS = (
     ("gate, up", 2, 16),
     ("down", 1, 16),
 )
-DECIDED_BY = 240  # seconds that must be left for another contest: what it decides is to be measured too
+DECIDED_BY = 260  # seconds that must be left for another contest: what it decides is to be measured too
 
 
 def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
@@ -58,7 +59,7 @@ def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
     def layer(section: str, chosen: list[layers.Case], counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Step]:
         for tokens in counts:
             for case in chosen:
-                yield section, 8, partial(layers.rows, case, tokens, dtype, device, top)
+                yield section, 20, partial(layers.rows, case, tokens, dtype, device, top)
 
     first = {name: named[name] for name in list(named)[:1]}
     others = {name: named[name] for name in list(named)[1:]}
@@ -66,18 +67,26 @@ def steps(device: str, tiny: bool, top: roof.Roof) -> Iterator[Step]:
     by_layer = {case.layer: case for case in cases(first, models.SMALLEST.density)}
     for name, together, tokens in () if tiny else CONTESTS:
         yield "tiles", DECIDED_BY, partial(tiles.rows, by_layer[name], together, tokens, BF16, device, top)
-    for tokens in (16,) if tiny else (2048, 1, 16):
+    batches, prefill, w = ((2,), 16, 64) if tiny else ((1, 16), 2048, 4096)
+
+    def model(*kinds: Weights) -> Iterator[Step]:
+        for weights in kinds:
+            yield "models", 40, partial(models.model_rows, weights, batches, prefill, device, tiny)
+
+    for tokens in (16,) if tiny else (2048, 1):
         yield "blocks", 45, partial(models.block_rows, tokens, device, tiny)
-    for weights in models.WEIGHTS:
-        batches, prefill = ((2,), 16) if tiny else ((1, 16), 2048)
-        yield "models", 60, partial(models.model_rows, weights, batches, prefill, device, tiny)
-    w = 64 if tiny else 4096
+    yield from model(models.DENSE, models.SMALLEST)
     yield from layer("ranks", squares(w, (0.5,)), (4,) if tiny else (2048, 1), dtype)
-    yield from layer("layers", cases(first, 0.5625), (3,) if tiny else (2048, 1, 16), dtype)
-    yield "factorization", 40, partial(factoring.rows, device, tiny)
+    yield from layer("layers", cases(first, 0.5625), (3,) if tiny else (2048, 1), dtype)
+    yield from model(*(weights for weights in models.WEIGHTS if weights not in (models.DENSE, models.SMALLEST)))
+    yield "factorization", 60, partial(factoring.rows, device, tiny)
     if not tiny:
+        for tokens in (2048, 1):
+            for case in cases(first, 0.5625):
+                yield "2:4", 10, partial(layers.rows, case, tokens, BF16, device, top, layers.sparse_ways)
+        yield "blocks", 45, partial(models.block_rows, 16, device, tiny)
+        yield from layer("layers", cases(first, 0.5625), (16, 256, 8192), BF16)
         yield from layer("ranks", squares(w, (0.25, 0.75, 0.1, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)), (2048, 1), BF16)
-        yield from layer("layers", cases(first, 0.5625), (256, 8192), BF16)
         yield from layer("layers", cases(first, 0.5625), (1, 2048), FP16)
         yield from layer("layers", cases(others, 0.5625), (1, 16, 2048, 256, 8192), BF16)
         yield from layer("layers", cases(first, 0.5625), (1, 2048), FP32)
@@ -87,6 +96,8 @@ def _rows(section: str, make: Callable[[], list[report.Row]]) -> list[report.Row
     """The rows of one step, printed."""
     try:
         rows = make()
+    except layers.DeviceLost:
+        raise
     except Exception as problem:  # what a step could not even begin must not end the run, nor be hidden
         rows = [{"way": section, "ok": False, "problem": f"{type(problem).__name__}: {problem}"[:300]}]
     for row in rows:
@@ -96,14 +107,12 @@ def _rows(section: str, make: Callable[[], list[report.Row]]) -> list[report.Row
 
 def _probe() -> list[report.Row]:
     """What never runs here because it was wrong in a process of its own, or cannot."""
-    rows = []
-    if not autotuner().launches_early():
-        layers.EXCLUDED.add(EARLY)
-    for name in {probe.RELAY, EARLY} - layers.EXCLUDED:
-        if (problem := probe.problem(name)) is not None:
-            layers.EXCLUDED.add(name)
-            rows.append({"way": f"pifa {name}", "ok": False, "problem": problem})
-    return rows
+    names = {*probe.TEMPLATES, EARLY} if autotuner().launches_early() else {*probe.TEMPLATES}
+    found = probe.problems(sorted(names))
+    layers.EXCLUDED.update({EARLY} - names, found)
+    for name, problem in found.items():
+        print(f"{name} is not used: {problem}")
+    return [{"way": f"pifa {name}", "ok": False, "problem": problem[-300:]} for name, problem in found.items()]
 
 
 def _settle(shipped: Table, facts: dict[str, Any], sections: Sections, where: Path) -> Table:
@@ -130,7 +139,7 @@ def main() -> int:
         return 0
     budget = Budget(given.seconds)
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("high")
     facts = report.about(given.device)
     where = report.folder(given.results, facts)
     wanted = given.sections or SECTIONS
@@ -150,13 +159,16 @@ def main() -> int:
             if shipped is not None and section != "tiles":
                 tables.enter_context(use_table(_settle(shipped, facts, sections, where)))
             for number, (_, seconds, make) in own if section in wanted else ():
-                if budget.allows(seconds):
-                    sections.setdefault(section, []).extend(_rows(section, make))
-                else:
+                try:
+                    found = _rows(section, make) if budget.allows(seconds) else None
+                except layers.DeviceLost as lost:
+                    budget = Budget(0)
+                    found = [{"way": section, "ok": False, "problem": f"the device was lost: {lost}"}]
+                if found is None:
                     left_out.append(f"step {number} ({section})")
+                else:
+                    sections.setdefault(section, []).extend(found)
                 report.write(where, facts, sections, left_out)
-    for section in ("layers", "ranks"):
-        report.plot(where, sections.get(section, []), section)
     wrong = [row for rows in sections.values() for row in rows if not row["ok"] and row.get("way") != "2:4"]
     count = sum(map(len, sections.values()))
     print(f"{count} rows, {len(wrong)} wrong or failed, {len(left_out)} steps left out: {where}")

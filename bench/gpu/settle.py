@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pifa_compile.kernels.kernel_forms import BY_COST
 from pifa_compile.kernels.tile_tables import EARLY, FormRow, Rates, Span, Table, Tile, table_for, write
 
 Row = dict[str, Any]
@@ -53,25 +54,26 @@ def settle(table: Table, about: dict[str, Any], sections: dict[str, list[Row]]) 
 def by_tiles(table: Table, rows: Sequence[Row], card: str) -> Settled:
     """The table after the rows of ``bench.gpu.tiles``; what was not measured stays, behind what was.
 
-    A tile that was wrong or failed goes, also where it was fast. A template (or EARLY) is untried no more when all that
-    was measured of it is right.
+    A tile that was wrong goes, also where it was fast; one that could not be measured stays, as if it had not been, and
+    one whose early twin stays, for where nothing can start early. A template (or EARLY) is untried no more when all
+    that was measured of it is right.
     """
-    results, removed = _results(rows), []
-    kept: list[tuple[tuple[Any, ...], Tile]] = []
+    wrong_rows = {_key(row["tile"]): row for row in rows if not row["ok"] and "error" in row}
+    results = _results([row for row in rows if row["ok"] and _key(row["tile"]) not in wrong_rows])
+    removed, kept = list[str](), list[tuple[tuple[Any, ...], Tile]]()
     for tile in table.tiles:
-        own = [row for row in rows if _same(row, tile)]
-        wrong = [row for row in own if not row["ok"]]
-        found = results[_key(tile.to_json())]
-        if wrong:
-            problem = wrong[0].get("problem") or f"an error of {wrong[0]['error']:.2g}"
-            removed.append(f"{wrong[0]['way']}, N = {wrong[0]['N']}: {problem}")
-        elif own and min(result.relative for result in found) > NEAR:
+        key = _key(tile.to_json())
+        wrong, found = wrong_rows.get(key), results[key]
+        if wrong is not None:
+            removed.append(f"{wrong['way']}, N = {wrong['N']}: an error of {wrong['error']:.2g}")
+        elif found and not _near(found) and not _near(results[_early_key(tile)]):
             best = min(found, key=lambda result: result.relative)
-            removed.append(f"{own[0]['way']}: at best {best}")
-        elif own:
+            removed.append(f"{best.row['way']}: at best {best}")
+        elif found:
             mean = math.exp(sum(math.log(result.relative) for result in found) / len(found))
-            place = (0, tile.span.first, own[0]["launch"], mean)
-            reason = f"{card}, {own[0]['dtype']}: " + "; ".join(map(str, sorted(found, key=lambda r: r.relative)[:3]))
+            row = found[0].row
+            place = (0, tile.span.first, row["launch"], mean)
+            reason = f"{card}, {row['dtype']}: " + "; ".join(map(str, sorted(found, key=lambda r: r.relative)[:3]))
             kept.append((place, replace(tile, reason=reason)))
         else:
             kept.append(((1,), tile))
@@ -84,9 +86,8 @@ def _results(rows: Iterable[Row]) -> dict[str, list[_Result]]:
     """Of every tile, by ``_key``: how it did in each contest that it was in."""
     contests: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["ok"]:
-            names = ("m", "n", "r", "together", "N", "dtype", "launch")
-            contests[tuple(row[name] for name in names)].append(row)
+        names = ("m", "n", "r", "together", "N", "dtype", "launch")
+        contests[tuple(row[name] for name in names)].append(row)
     found: dict[str, list[_Result]] = defaultdict(list)
     for contest in contests.values():
         fastest = min(row["us"] for row in contest)
@@ -100,8 +101,14 @@ def _key(tile: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in tile.items() if name != "reason"}, sort_keys=True)
 
 
-def _same(row: Row, tile: Tile) -> bool:
-    return _key(row["tile"]) == _key(tile.to_json())
+def _early_key(tile: Tile) -> str:
+    """The key of the same tile, started early."""
+    return _key(replace(tile, early=True).to_json())
+
+
+def _near(results: Sequence[_Result]) -> bool:
+    """Whether a tile was the fastest somewhere, or all but."""
+    return any(result.relative <= NEAR for result in results)
 
 
 def _is_of(row: Row, name: str) -> bool:
@@ -114,7 +121,7 @@ def _is_right(rows: Sequence[Row]) -> bool:
 
 def by_forms(table: Table, rows: Sequence[Row], card: str) -> Table:
     """The table after blocks that ran in one form each: the fastest, from half way (of the logarithm) to the counts of
-    tokens on either side that were measured too."""
+    tokens on either side that were measured too. The one that the cost prefers stays where it is not clearly slower."""
     measured: dict[int, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["ok"] and row.get("form"):
@@ -123,13 +130,17 @@ def by_forms(table: Table, rows: Sequence[Row], card: str) -> Table:
     counts = sorted(measured)
     for tokens, above in itertools.zip_longest(counts, counts[1:]):
         last = None if above is None else math.isqrt(tokens * above)
-        ranked = sorted(measured[tokens].values(), key=lambda row: row["ms"])
+        ranked = sorted(measured[tokens].values(), key=_rank)
         times = ", ".join(f"{row['form']} {row['ms']:.3f} ms" for row in ranked)
         reason = f"{card}, {ranked[0]['dtype']}, {ranked[0]['model']}, N = {tokens}: {times}"
         span = Span(("float16", "bfloat16"), first, last)
         forms.append(FormRow(ranked[0]["form"], span, (0.0, 1.0), reason))
         first = (last or 0) + 1
     return replace(table, forms=tuple(forms) or table.forms)
+
+
+def _rank(row: Row) -> float:
+    return float(row["ms"]) / (NEAR if row["form"] == BY_COST[0] else 1.0)
 
 
 def by_rates(table: Table, about: dict[str, Any]) -> Table:

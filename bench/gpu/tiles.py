@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from bench.gpu.cases import Case, exact, random_factors
 from bench.gpu.layers import Row, Way
 from bench.gpu.roof import Roof
 from bench.gpu.timing import inductor
-from pifa_compile.kernels import kernel_forms, lowering, tile_tables
+from pifa_compile.kernels import kernel_forms, lowering, tail, tile_tables
 from pifa_compile.kernels.siblings import siblings
 from pifa_compile.kernels.tile_tables import Table, Tile
+from pifa_compile.kernels.triton_templates import rendered
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,12 @@ class Contest:
     tiles: tuple[Tile, ...]
 
 
-def contests(table: Table, together: int, tokens: int, dtype: str, excluded: set[str]) -> Iterator[Contest]:
+def contests(table: Table, together: int, tokens: int, dtype: str) -> Iterator[Contest]:
     """What is to be measured for ``together`` layers that read the same tokens; every tile once, in a form of two
     launches where it is in one: there it meets the other half, which may let it start early."""
     kernels = {"few": kernel_forms.KERNELS["few"]} if together > 1 else kernel_forms.KERNELS
     seen: list[Tile] = []
-    for form in sorted(kernels.keys() - excluded, key=lambda form: (-len(kernels[form]), form)):
+    for form in sorted(kernels, key=lambda form: (-len(kernels[form]), form)):
         for launch in kernels[form]:
             tiles = tuple(tile for tile in table.candidates(launch, dtype, tokens) if tile not in seen)
             seen += tiles
@@ -49,15 +52,29 @@ def rows(case: Case, together: int, tokens: int, dtype: torch.dtype, device: str
     found = []
     with layers.all_templates(device, early=tile_tables.EARLY not in layers.EXCLUDED):
         table = tile_tables.table_for(torch.cuda.get_device_name())
-    for contest in contests(table, together, tokens, name, layers.EXCLUDED):
+    for contest in contests(table, together, tokens, name):
         for tile in contest.tiles:
             others = [t for t in table.tiles if t.template not in contest.launch]
-            with tile_tables.use_table(replace(table, tiles=(tile, *others))):
+            with tile_tables.use_table(replace(table, tiles=(tile, *others))), no_substitute():
                 way = _way(contest.form, case, together, tokens, dtype, device)
                 row = layers.measure(way, case, tokens, dtype, device, roof)
             about = {"way": words(tile), "together": together, "launch": contest.launch[0]}
             found.append(row | about | {"tile": tile.to_json()})
     return found
+
+
+@contextmanager
+def no_substitute() -> Iterator[None]:
+    """Have a tile that cannot be rendered be an error, where a kernel of a library would take its place."""
+
+    def strictly(*given: Any, **named: Any) -> list[Any]:
+        choices = rendered(*given, **named)
+        if not choices:
+            raise ValueError("the tile cannot be rendered")
+        return choices
+
+    with mock.patch.object(tail, "rendered", strictly):
+        yield
 
 
 def words(tile: Tile) -> str:

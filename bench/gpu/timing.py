@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ import torch
 #: Inputs and weights of successive calls together are at least this large, so that no call finds its own in the cache.
 ROTATED_BYTES = 200 << 20
 REPEATS = 15
+#: Seconds: of replays before the first that counts, as clocks rise, and of replays between two looks at the clock.
+WARM_UP, AT_A_TIME = 0.05, 0.003
 
 
 def inductor(device: str) -> str:
@@ -37,11 +41,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Median seconds of one call, and the 20th and 80th percentile."""
+    """Median seconds of one call, the 20th and 80th percentile, and what the first call gave when it was last timed."""
 
     median: float
     low: float
     high: float
+    output: Any
 
 
 def copies(nbytes: int, device: str, most: int = 48) -> int:
@@ -51,24 +56,23 @@ def copies(nbytes: int, device: str, most: int = 48) -> int:
 
 def seconds_per_call(calls: Sequence[Callable[[], Any]], device: str) -> Seconds:
     """The calls run one after the other, on a GPU as one CUDA graph, many times."""
-    times = _on_cuda(calls) if device == "cuda" else _on_cpu(calls)
+    times, output = _on_cuda(calls) if device == "cuda" else _on_cpu(calls)
     per_call = sorted(t / len(calls) for t in times)
     fifth = len(per_call) // 5
-    return Seconds(statistics.median(per_call), per_call[fifth], per_call[-1 - fifth])
+    return Seconds(statistics.median(per_call), per_call[fifth], per_call[-1 - fifth], output)
 
 
-def _on_cpu(calls: Sequence[Callable[[], Any]]) -> list[float]:
+def _on_cpu(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], Any]:
     times = []
     for _ in range(3):
         begun = time.perf_counter()
-        for call in calls:
-            call()
+        output, *_ = [call() for call in calls]
         times.append(time.perf_counter() - begun)
-    return times
+    return times, output
 
 
-def _on_cuda(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    side = torch.cuda.Stream()
+def _on_cuda(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], Any]:
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
@@ -76,17 +80,27 @@ def _on_cuda(calls: Sequence[Callable[[], Any]]) -> list[float]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
+    with torch.cuda.graph(graph, stream=side):
+        output, *_ = [call() for call in calls]
+    once = max(_replayed(graph, 1), 1e-6)
+    _replayed(graph, math.ceil(WARM_UP / once))
+    # Many at a time, or the time would be that of the CPU too, which takes longer to launch a graph than some run.
+    count = math.ceil(AT_A_TIME / once)
+    return [_replayed(graph, count) / count for _ in range(REPEATS)], output
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Seconds that the graph takes so many times over."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
         graph.replay()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return times
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all measurements: libraries keep memory for every stream that they meet."""
+    return torch.cuda.Stream()

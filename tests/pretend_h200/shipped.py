@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
+from pifa_compile._torch import autotuner
 from pifa_compile.kernels import tile_tables
 
 TABLES = {path.stem: tile_tables.read(path) for path in sorted(tile_tables.FOLDER.glob("*.json"))}
-LAUNCHES_EARLY = torch.__version__ >= "2.13"
+LAUNCHES_EARLY = autotuner().launches_early()
 
 
 def tiles_of(templates: Collection[str]) -> list[tuple[str, tile_tables.Tile]]:
