@@ -64,6 +64,15 @@ def test_a_budget_that_is_spent_leaves_steps_out_and_says_which(tmp_path):
     assert data["sections"] == {} and len(data["left out"]) == 10
 
 
+def test_rows_are_drawn_afterwards(rehearsal, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "rows.json").write_text((rehearsal / "rows.json").read_text())
+    command = [sys.executable, "-m", "bench.gpu.report", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.png"))) == 3  # two layers and one rank
+
+
 def test_a_section_run_again_leaves_the_others_of_the_same_revision(rehearsal, tmp_path):
     shutil.copytree(rehearsal, tmp_path / rehearsal.name)
     path = tmp_path / rehearsal.name / "rows.json"
