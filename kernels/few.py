@@ -11,7 +11,7 @@ N = number of tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ def lower(
     def own(tile: Tile) -> dict[str, Any]:
         return tail_settings(tile, coefficients, 1 / y_scale)
 
-    choices = rendered(_tiles(TAIL, rows, coefficients[0]), inputs, layout, own, given=inputs[1:])
-    _check(choices, TAIL, rows)
+    choices = _choices(TAIL, coefficients[0], inputs, layout, own, given=inputs[1:])
     ranks = _sizes(pivot_rows)
     make = {1 + len(ranks) + i: functools.partial(some_order, rank=rank) for i, rank in enumerate(ranks)}
     return auto.choose(f"pifa_{TAIL}", choices, inputs, layout, make)
@@ -57,8 +56,7 @@ def _head(rows: Any, pivot_rows: Sequence[Any], dtype: torch.dtype, scale: float
         return settings(tile, LAYERS=len(ranks), TILES=count, SCALE=scale)
 
     # A head may be the first kernel of a program, right behind one that has changed the weights: never early.
-    choices = rendered(_tiles(HEAD, rows, pivot_rows[0]), inputs, layout, own)
-    _check(choices, HEAD, rows)
+    choices = _choices(HEAD, pivot_rows[0], inputs, layout, own)
     return auto.choose(f"pifa_{HEAD}", choices, inputs, layout, {})
 
 
@@ -69,15 +67,22 @@ def tail_settings(tile: Tile, coefficients: Sequence[Any], out_scale: float) -> 
     return settings(tile, LAYERS=len(ranks), TILES=count, OUT_SCALE=out_scale)
 
 
-def _tiles(template: str, rows: Any, factors: Any) -> list[Tile]:
-    tokens = autotuner().expected(rows.get_size()[0])
-    table = table_for(device_name(rows.get_device()))
-    return table.candidates([template], dtype_name(factors.get_dtype()), tokens)
-
-
-def _check(choices: list[Any], template: str, rows: Any) -> None:
+def _choices(
+    template: str,
+    factors: Any,
+    inputs: list[Any],
+    layout: Any,
+    own: Callable[[Tile], dict[str, Any]],
+    given: list[Any] | None = None,
+) -> list[Any]:
+    """The tiles of a template for inputs that begin with one row per token; raises ValueError where none serves."""
+    tokens, dtype = inputs[0].get_size()[0], factors.get_dtype()
+    table = table_for(device_name(inputs[0].get_device()))
+    tiles = table.candidates([template], dtype_name(dtype), autotuner().expected(tokens))
+    choices = rendered(tiles, inputs, layout, own, given)
     if not choices:
-        raise ValueError(f"no tile of {template} for {rows.get_dtype()} and {rows.get_size()[0]} tokens")
+        raise ValueError(f"no tile of {template} for {dtype} and {tokens} tokens")
+    return choices
 
 
 def _sizes(matrices: Sequence[Any]) -> list[int]:

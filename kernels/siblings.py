@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pifa_compile._torch import device_name, dtype_name, inductor, tf32_allowed
+from pifa_compile._torch import inductor, tf32_allowed
 from pifa_compile.kernels import few, op
-from pifa_compile.kernels.tile_tables import table_for
+from pifa_compile.kernels.kernel_forms import available
 
 SCHEMA = "siblings(Tensor x, Tensor[] pivot_rows, Tensor[] coefficients, Tensor[] row_orders) -> Tensor"
 
@@ -29,10 +29,8 @@ MOST = 4
 
 def serves(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the device's table has tiles for layers of a dtype and so many tokens."""
-    if device.type != "cuda" or (dtype == torch.float32 and not tf32_allowed()):
-        return False
-    table = table_for(device_name(device))
-    return all(table.candidates([name], dtype_name(dtype), tokens) for name in (few.HEAD, few.TAIL))
+    exact = dtype == torch.float32 and not tf32_allowed()
+    return not exact and "few" in available(device, dtype, tokens)
 
 
 def reference(

@@ -1,6 +1,6 @@
 """The private names of torch that this package uses, all of them, in one place.
 
-Checked with torch 2.13.0 (run) and 2.11.0 (where a comment says so). Nothing else here imports a name with an
+Checked by the tests with torch 2.13.0, 2.12.1 and 2.11.0. Nothing else here imports a name with an
 underscore from torch; when a torch release moves one, this file is the only one to change.
 """
 

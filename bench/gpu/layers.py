@@ -112,11 +112,16 @@ def _dense(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Way:
 
     def make(count: int) -> Any:
         weights = [(torch.randn(m, n, device=device) / n**0.5).to(dtype) for _ in range(count)]
-        given = [torch.randn(tokens, n, device=device).to(dtype) for _ in range(count)]
-        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(given, weights, strict=True)]
-        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ weights[0].double().T)
+        return _products(weights, weights[0], tokens)
 
     return Way("dense", make, m * n, 2 * m * n)
+
+
+def _products(weights: list[Tensor], first: Tensor, tokens: int) -> Any:
+    """What a way makes of weights that the library multiplies; ``first`` is the first of them as plain numbers."""
+    given = [torch.randn(tokens, first.shape[1], device=first.device).to(first.dtype) for _ in weights]
+    calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(given, weights, strict=True)]
+    return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ first.double().T)
 
 
 def sparse_ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Way]:
@@ -132,9 +137,7 @@ def sparse_ways(case: Case, tokens: int, dtype: torch.dtype, device: str) -> Ite
             keep = torch.zeros_like(w).scatter_(2, w.abs().topk(2, dim=2).indices, 1.0)
             pruned.append((w * keep).view(m, n).to(dtype))
             weights.append(to_sparse_semi_structured(pruned[-1]))
-        given = [torch.randn(tokens, n, device=device).to(dtype) for _ in range(count)]
-        calls = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(given, weights, strict=True)]
-        return calls, (lambda x: F.linear(x, weights[0])), (lambda x: x.double() @ pruned[0].double().T)
+        return _products(weights, pruned[0], tokens)
 
     yield _dense(case, tokens, dtype, device)
     yield Way("2:4", make, m * n * 9 // 16, 2 * m * n)
